@@ -1,0 +1,7 @@
+"""The seam to transformers: one small file per family of backbones."""
+
+from mt_adapters.backbones.base import BackboneFamily, Tokens
+from mt_adapters.backbones.loading import load_backbone, readable_weight_errors
+from mt_adapters.backbones.table import FAMILIES, get_family
+
+__all__ = ["FAMILIES", "BackboneFamily", "Tokens", "get_family", "load_backbone", "readable_weight_errors"]

@@ -1,0 +1,190 @@
+"""Joint geometry: the image and all its labels go through one crop, one resize and one flip.
+
+NumPy and Pillow do the work: on maps this small the threads of torch cost more than they save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance
+from torch import Tensor
+from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from mt_adapters.tasks import Task
+
+# How far a crop may be stretched on its way to the target's shape, as width over height.
+STRETCH = (3 / 4, 4 / 3)
+NUM_HUES = 256
+
+
+class Box(NamedTuple):
+    """A part of an image in continuous pixel coordinates: pixel i covers [i, i + 1)."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+class EvalTransform:
+    """Resizes the whole image and its labels, and normalises the image.
+
+    Called with a sample `{"image": uint8 (3, H, W), "labels": {...}}` it returns
+    `{"pixel_values": float32 (3, h, w), "labels": {task name: (..., h, w)}}`. A task reads the label of its own name
+    or, where the sample has none, that of its kind; a task without either is absent from the result.
+
+    Args:
+        tasks: the tasks whose labels are wanted.
+        size: (height, width) of the result in pixels.
+        image_mean, image_std: per RGB channel, for an image in [0, 1].
+
+    Raises:
+        ValueError: a label whose height and width are not the image's.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        size: tuple[int, int],
+        image_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        image_std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    ) -> None:
+        if min(size) < 1:
+            raise ValueError(f"size is {size}; it must be a positive (height, width) in pixels.")
+        self.tasks = tuple(tasks)
+        self.size = size
+        self.image_mean = np.array(image_mean, dtype=np.float32)[:, None, None]
+        self.image_std = np.array(image_std, dtype=np.float32)[:, None, None]
+
+    def __call__(self, sample: Mapping[str, Any], rng: np.random.Generator | None = None) -> dict[str, Any]:
+        """`rng` has no effect; it lets both transforms be called alike."""
+        height, width = sample["image"].shape[-2:]
+        image, labels = self._resize(sample, Box(0, 0, width, height))
+        return {"pixel_values": self._normalize(image), "labels": labels}
+
+    def _resize(self, sample: Mapping[str, Any], box: Box) -> tuple[Image.Image, dict[str, Tensor]]:
+        """The box of the image, bilinear and antialiased, and of the labels, nearest."""
+        height, width = self.size
+        source_height, source_width = sample["image"].shape[-2:]
+        picture = Image.fromarray(sample["image"].permute(1, 2, 0).numpy())
+        picture = picture.resize((width, height), Image.Resampling.BILINEAR, box=box)
+
+        # One grid for all labels: they show the same source pixels, also where rounding could go either way.
+        rows = nearest_indices(box.top, box.bottom, height, source_height)
+        columns = nearest_indices(box.left, box.right, width, source_width)
+        labels = {}
+        for task in self.tasks:
+            column = task.name if task.name in sample["labels"] else task.kind
+            if column not in sample["labels"]:
+                continue
+            label = sample["labels"][column]
+            if label.shape[-2:] != (source_height, source_width):
+                raise ValueError(
+                    f"The label {column!r} is {tuple(label.shape)}, but the image is {source_height} x {source_width}"
+                    "; labels must have the image's height and width."
+                )
+            # Ours: depth keeps its metres and normals their directions. A zoom narrows the field of view, it does not
+            # bring the scene nearer.
+            labels[task.name] = torch.from_numpy(label.numpy().take(rows, axis=-2).take(columns, axis=-1))
+        return picture, labels
+
+    def _normalize(self, picture: Image.Image) -> Tensor:
+        pixels = np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1)).astype(np.float32) / 255
+        return torch.from_numpy((pixels - self.image_mean) / self.image_std)
+
+
+class TrainTransform(EvalTransform):
+    """A random crop, resized, flipped and with its colours jittered; all randomness comes from the `rng` of the call.
+
+    Input, result and errors are those of `EvalTransform`; the labels follow the crop and the flip (`Task.flip`).
+
+    Args:
+        tasks: the tasks whose labels are wanted.
+        size: (height, width) of the result in pixels.
+        scale: smallest and largest share of the image's area that is cropped, within (0, 1]. The crop is stretched by
+            3/4 to 4/3, less where it would leave the image.
+        flip: mirror every other sample left-right.
+        color_jitter: largest relative change of brightness, contrast and saturation, and largest shift of the hue in
+            turns (0 to 0.5). Zero switches one off.
+        image_mean, image_std: per RGB channel, for an image in [0, 1].
+
+    Example:
+        >>> from mt_adapters.data import RoomsDataset
+        >>> from mt_adapters.tasks import get_task
+        >>> transform = TrainTransform([get_task("depth")], size=(96, 96))
+        >>> sample = transform(RoomsDataset("train")[0], np.random.default_rng(0))
+        >>> sample["pixel_values"].shape, sample["labels"]["depth"].shape
+        (torch.Size([3, 96, 96]), torch.Size([96, 96]))
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        size: tuple[int, int],
+        scale: tuple[float, float] = (0.5, 1.0),
+        flip: bool = True,
+        color_jitter: tuple[float, float, float, float] = (0.2, 0.2, 0.2, 0.1),
+        image_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        image_std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    ) -> None:
+        super().__init__(tasks, size, image_mean, image_std)
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError(f"scale is {scale}; it must be (smallest, largest) share of the area, within (0, 1].")
+        if not (all(0 <= strength <= 1 for strength in color_jitter[:3]) and 0 <= color_jitter[3] <= 0.5):
+            raise ValueError(
+                f"color_jitter is {color_jitter}; the first three strengths go from 0 to 1, the hue's to 0.5."
+            )
+        self.scale = scale
+        self.flip = flip
+        self.color_jitter = color_jitter
+
+    def __call__(self, sample: Mapping[str, Any], rng: np.random.Generator | None = None) -> dict[str, Any]:
+        if rng is None:
+            raise ValueError(
+                "TrainTransform needs a random generator: call transform(sample, np.random.default_rng(0))."
+            )
+        height, width = sample["image"].shape[-2:]
+        picture, labels = self._resize(sample, self._random_box(height, width, rng))
+        if self.flip and rng.random() < 0.5:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            labels = {task.name: task.flip(labels[task.name]) for task in self.tasks if task.name in labels}
+        return {"pixel_values": self._normalize(self._jitter_colors(picture, rng)), "labels": labels}
+
+    def _random_box(self, height: int, width: int, rng: np.random.Generator) -> Box:
+        share = rng.uniform(*self.scale)
+        target_aspect = self.size[1] / self.size[0]
+        # Outside these bounds a crop of this share would be wider or higher than the image.
+        low, high = np.clip(np.multiply(STRETCH, target_aspect), share * width / height, width / height / share)
+        aspect = np.exp(rng.uniform(np.log(low), np.log(high)))
+        area = share * height * width
+        crop_width = min(float(np.sqrt(area * aspect)), width)
+        crop_height = min(float(np.sqrt(area / aspect)), height)
+        left = rng.uniform(0, width - crop_width)
+        top = rng.uniform(0, height - crop_height)
+        return Box(left, top, min(left + crop_width, width), min(top + crop_height, height))
+
+    def _jitter_colors(self, picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+        # All four are drawn, whatever is switched off: the crops to come do not depend on the colour settings.
+        change = rng.uniform(-1, 1, size=4) * self.color_jitter
+        for enhance, amount in zip(
+            (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), change, strict=False
+        ):
+            if amount:
+                picture = enhance(picture).enhance(1 + amount)
+        shift = round(float(change[3]) * NUM_HUES)
+        if shift:
+            hue, saturation, value = picture.convert("HSV").split()
+            hue = hue.point([(code + shift) % NUM_HUES for code in range(NUM_HUES)])
+            picture = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+        return picture
+
+
+def nearest_indices(start: float, stop: float, num_target: int, num_source: int) -> np.ndarray:
+    """Source pixels under the centres of `num_target` equal steps over [start, stop): int64 (num_target,)."""
+    centres = start + (np.arange(num_target) + 0.5) * ((stop - start) / num_target)
+    # Rounding may carry the last centre of a tiny crop onto the border itself.
+    return np.floor(centres).astype(np.int64).clip(0, num_source - 1)

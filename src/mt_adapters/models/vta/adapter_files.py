@@ -1,0 +1,157 @@
+"""The files of an adapter: peft's own two, and the decoders and heads that belong to it.
+
+adapter_config.json  adapter_model.safetensors    peft's format; loads with PeftModel.from_pretrained too
+vta_config.json                                   the whole model's config
+decoder.safetensors                               what the decoders of all tasks share
+task_<name>.safetensors                           decoder and head of one task
+"""
+
+import json
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import snapshot_download
+from peft import PeftConfig
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from mt_adapters.backbones import load_backbone, readable_weight_errors
+from mt_adapters.models.vta.configuration_vta import VtaConfig
+
+if TYPE_CHECKING:
+    from mt_adapters.models.vta.modeling_vta import VtaModel
+
+CONFIG_FILE = "vta_config.json"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+DECODER_FILE = "decoder.safetensors"
+# peft's keys are those of a PeftModel around the backbone.
+PEFT_PREFIX = "base_model.model."
+
+
+def config_to_dict(config: PeftConfig) -> dict[str, Any]:
+    """A peft config as plain JSON values; sets become sorted lists, so that equal configs give equal files."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Enum):
+            return value.value
+        if isinstance(value, (set, frozenset)):
+            return sorted(value)
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
+        return value
+
+    return plain(config.to_dict())
+
+
+def config_from_dict(settings: Mapping[str, Any]) -> PeftConfig:
+    """
+    Raises:
+        ValueError: if peft does not know the adapter's type.
+    """
+    try:
+        return PeftConfig.from_peft_type(**settings)
+    except KeyError as error:
+        raise ValueError(f"unknown adapter type {settings.get('peft_type')!r}: peft has no such method") from error
+
+
+def task_file(name: str) -> str:
+    return f"task_{name}.safetensors"
+
+
+def split_by_file(model: "VtaModel") -> dict[str, dict[str, Tensor]]:
+    """{file: {key: tensor}} of decoders and heads."""
+    files: dict[str, dict[str, Tensor]] = {DECODER_FILE: {}} | {task_file(name): {} for name in model.task_names}
+    for part in ("decoder", "heads"):
+        for key, tensor in getattr(model, part).state_dict().items():
+            names = [name for name in model.task_names if f".{key}".startswith((f".{name}.", f".tasks.{name}."))]
+            files[task_file(names[0]) if names else DECODER_FILE][f"{part}.{key}"] = tensor.contiguous()
+    return files
+
+
+def save_adapter_files(model: "VtaModel", folder: Path) -> None:
+    if model.config.adapter is None or model.config.train_backbone:
+        why = "has no adapter" if model.config.adapter is None else "also trains its backbone"
+        raise ValueError(f"this model {why}, so adapter files would not hold what it learned: use save_pretrained")
+    folder.mkdir(parents=True, exist_ok=True)
+    name = model.backbone.active_adapters()[0]
+    settings = config_to_dict(model.backbone.peft_config[name]) | {"inference_mode": True}
+    (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    (folder / CONFIG_FILE).write_text(model.config.to_json_string(use_diff=True))
+    weights = get_peft_model_state_dict(model.backbone, adapter_name=name)
+    files = split_by_file(model)
+    files[ADAPTER_FILE] = {f"{PEFT_PREFIX}{key}": tensor.contiguous() for key, tensor in weights.items()}
+    for file, tensors in files.items():
+        if tensors:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+
+
+def load_adapter_files(
+    cls: type["VtaModel"],
+    source: str | Path,
+    backbone: str | Path | PreTrainedConfig | PreTrainedModel | None,
+) -> "VtaModel":
+    with readable_weight_errors(source):
+        folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(str(source)))
+        config = VtaConfig.from_dict(json.loads(read_text(folder / CONFIG_FILE)))
+        settings = json.loads(read_text(folder / ADAPTER_CONFIG_FILE))
+    config.adapter = settings | {"inference_mode": False}
+    if backbone is None:
+        backbone = config.backbone_name_or_path
+        if backbone is None:
+            raise ValueError(
+                f"the adapter in {str(source)!r} was trained on a backbone without a name (built from a config): pass "
+                "that backbone, from_adapter(..., backbone=...)"
+            )
+    base = backbone if isinstance(backbone, PreTrainedModel) else load_backbone(backbone)
+    config.backbone_config = base.config
+    model = cls(config, base)
+
+    # Everything is read and compared before the first tensor changes: a bad file leaves no half-loaded model.
+    expected = split_by_file(model)
+    name = model.backbone.active_adapters()[0]
+    adapter = get_peft_model_state_dict(model.backbone, adapter_name=name)
+    expected[ADAPTER_FILE] = {f"{PEFT_PREFIX}{key}": tensor for key, tensor in adapter.items()}
+    weights = {}
+    for file, tensors in expected.items():
+        if tensors:
+            weights[file] = read_weights(folder / file)
+            check_weights(folder / file, weights[file], tensors)
+    set_peft_model_state_dict(model.backbone, weights.pop(ADAPTER_FILE), adapter_name=name)
+    for part in ("decoder", "heads"):
+        state = {
+            key.removeprefix(f"{part}."): tensor
+            for tensors in weights.values()
+            for key, tensor in tensors.items()
+            if key.startswith(f"{part}.")
+        }
+        getattr(model, part).load_state_dict(state)
+    return model.eval()
+
+
+def read_text(file: Path) -> str:
+    if not file.is_file():
+        raise ValueError(f"{str(file.parent)!r} has no {file.name}: it is no folder that save_adapter wrote")
+    return file.read_text()
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise ValueError(f"{str(file.parent)!r} has no {file.name}; weights are read from safetensors files only")
+    with readable_weight_errors(file):
+        return load_file(file)
+
+
+def check_weights(file: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    shapes = {key: tuple(tensor.shape) for key, tensor in found.items()}
+    wanted = {key: tuple(tensor.shape) for key, tensor in expected.items()}
+    if shapes != wanted:
+        key = sorted(key for key in shapes.keys() | wanted.keys() if shapes.get(key) != wanted.get(key))[0]
+        raise ValueError(
+            f"{str(file)!r} does not fit the model that its config describes: {key!r} has the shape {shapes.get(key)}, "
+            f"expected {wanted.get(key)}: the files do not belong together"
+        )

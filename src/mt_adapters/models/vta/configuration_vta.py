@@ -1,0 +1,52 @@
+"""Configuration of a multitask model: a backbone, an adapter, a decoder and the tasks."""
+
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+
+from mt_adapters.decoders import get_decoder
+from mt_adapters.tasks import get_tasks
+
+
+@strict
+class VtaConfig(PreTrainedConfig):
+    """Everything that rebuilds a `VtaModel`, and nothing else.
+
+    Args:
+        backbone_config: config of the transformers backbone.
+        tasks: names or dicts (`name`, `type`, settings); kept as a list of dicts, in this order.
+        adapter: settings of the peft adapter with its `peft_type`; None for a backbone without adapter.
+        decoder: "fpn", "swin_unet" or "linear".
+        decoder_dim: channels of the decoder.
+        share_decoder: one decoder for all tasks instead of one each.
+        fan_out: "sequential" runs the tasks one after another, "batched" as one batch of B * T.
+        train_backbone: leave the backbone's own weights trainable.
+        backbone_name_or_path: where the backbone's weights came from.
+
+    Raises:
+        ValueError: if a task, a task's setting or the decoder is unknown.
+    """
+
+    model_type = "vta"
+    sub_configs = {"backbone_config": AutoConfig}
+
+    backbone_config: dict[str, Any] | PreTrainedConfig | None = None
+    tasks: list[Any] | None = None
+    adapter: dict[str, Any] | None = None
+    decoder: str = "fpn"
+    decoder_dim: int = 64
+    share_decoder: bool = False
+    fan_out: Literal["sequential", "batched"] = "sequential"
+    train_backbone: bool = False
+    backbone_name_or_path: str | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.backbone_config, dict):
+            self.backbone_config = AutoConfig.for_model(**self.backbone_config)
+        if self.tasks:
+            num_labels = kwargs.get("num_labels") or len(self.id2label or ())
+            defaults = {"num_labels": num_labels} if num_labels else {}
+            self.tasks = [task.to_dict() for task in get_tasks(self.tasks, **defaults)]
+        get_decoder(self.decoder)
+        super().__post_init__(**kwargs)

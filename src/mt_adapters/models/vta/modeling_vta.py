@@ -1,0 +1,330 @@
+"""The multitask model: an image goes through the frozen backbone once and comes out as one map per task.
+
+Shape suffixes: B batch, T tasks, K output channels of a task, H height, W width.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+
+from mt_adapters.backbones import Tokens, get_family, load_backbone, readable_weight_errors
+from mt_adapters.decoders import get_decoder
+from mt_adapters.models.vta.adapter_files import (
+    config_from_dict,
+    config_to_dict,
+    load_adapter_files,
+    save_adapter_files,
+)
+from mt_adapters.models.vta.configuration_vta import VtaConfig
+from mt_adapters.tasks import Task, get_tasks
+from mt_adapters.tuners.vta import VtaAdapterConfig, VtaLayer, find_context, train_adapters_only
+
+
+@dataclass
+class MultitaskOutput(ModelOutput):
+    """What a `VtaModel` returns.
+
+    Args:
+        loss: weighted sum of the tasks' losses, when labels were given.
+        losses: {task: scalar}, not weighted.
+        logits: {task: (B,K,H,W)} at the size of the input.
+    """
+
+    loss: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+    logits: dict[str, Tensor] | None = None
+
+
+class VtaModel(PreTrainedModel):
+    """A vision transformer that solves several dense tasks through task-conditioned adapters.
+
+    Example:
+        >>> model = VtaModel.from_backbone("facebook/dinov2-small", tasks=["depth", "normals"])
+        >>> model(pixel_values).logits["depth"].shape
+        torch.Size([1, 1, 224, 224])
+    """
+
+    config_class = VtaConfig
+    base_model_prefix = "vta"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _supports_sdpa = True
+    _keep_in_fp32_modules_strict = {"affinity"}
+
+    def __init__(self, config: VtaConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        self.family = get_family(config.backbone_config.model_type)
+        self.tasks: list[Task] = get_tasks(config.tasks or ())
+        self.backbone = AutoModel.from_config(config.backbone_config) if backbone is None else backbone
+        self.backbone.requires_grad_(config.train_backbone)
+        if config.adapter is not None:
+            self._inject_adapter(config)
+        blocks = self.family.blocks(config.backbone_config)
+        adapted = [isinstance(self.backbone.get_submodule(path), VtaLayer) for path in blocks]
+        self.num_blocks = len(blocks)
+        # Everything before the first task-conditioned block is the same for all tasks.
+        self.first_task_block = adapted.index(True) if True in adapted else len(blocks)
+        self.num_shared_maps = self.family.num_maps_before(config.backbone_config, self.first_task_block)
+        self.decoder = get_decoder(config.decoder)(
+            self.task_names,
+            self.family.map_channels(config.backbone_config),
+            self.family.map_strides(config.backbone_config),
+            self.num_shared_maps,
+            config.decoder_dim,
+            config.share_decoder,
+        )
+        self.heads = nn.ModuleDict(
+            {task.name: nn.Conv2d(self.decoder.out_channels, task.num_channels, 1) for task in self.tasks}
+        )
+        if not any(parameter.is_meta for parameter in self.parameters()):
+            for module in self.modules():
+                # Every module has initialised itself; transformers would overwrite FiLM's zeros with random numbers.
+                module._is_hf_initialized = True
+        self.post_init()
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str | Path | PreTrainedConfig,
+        tasks: Sequence[str | dict[str, Any]],
+        adapter: PeftConfig | Literal["vta"] | None = "vta",
+        decoder: str = "fpn",
+        **config: Any,
+    ) -> "VtaModel":
+        """Puts new adapters, decoders and heads on a backbone.
+
+        Args:
+            backbone: Hub id or folder of pretrained weights, or a config (random weights).
+            tasks: names or dicts, e.g. {"name": "parts", "type": "semseg", "num_labels": 7}.
+            adapter: settings of a VTA adapter (the default) or of any other peft method; None for no adapter.
+            config: further settings of `VtaConfig`, and `num_labels`, `id2label` of the segmentation.
+
+        Raises:
+            ValueError: if a task, the backbone or the decoder is unknown, or the weights cannot be read.
+        """
+        name = None if isinstance(backbone, PreTrainedConfig) else str(backbone)
+        if "id2label" in config:
+            config.setdefault("num_labels", len(config["id2label"]))
+        # Tasks are checked before any weight is read.
+        model_config = VtaConfig(tasks=list(tasks), decoder=decoder, backbone_name_or_path=name, **config)
+        loaded = load_backbone(backbone)
+        model_config.backbone_config = loaded.config
+        if adapter is not None:
+            adapter = VtaAdapterConfig() if adapter == "vta" else adapter
+            model_config.adapter = config_to_dict(adapter)
+        return cls(model_config, loaded)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """Loads a full model that `save_pretrained` or `push_to_hub` wrote; safetensors only.
+
+        Raises:
+            ValueError: if a file is missing, truncated or not safetensors, or a weight is missing.
+        """
+        wants_report = kwargs.pop("output_loading_info", False)
+        kwargs["use_safetensors"] = True
+        with readable_weight_errors(pretrained_model_name_or_path):
+            model, report = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        missing = sorted(report["missing_keys"])
+        if missing:
+            raise ValueError(
+                f"the weights of {str(pretrained_model_name_or_path)!r} lack {len(missing)} tensors of the model that "
+                f"its config describes, the first is {missing[0]!r}: the files do not belong together"
+            )
+        return (model, report) if wants_report else model
+
+    def _inject_adapter(self, config: VtaConfig) -> None:
+        adapter = config_from_dict(config.adapter)
+        if isinstance(adapter, VtaAdapterConfig):
+            if adapter.tasks not in (None, self.task_names):
+                raise ValueError(
+                    f"the adapter has the tasks {adapter.tasks}, the model {self.task_names}: task embeddings and "
+                    "affinities go by position, so both lists must be equal, order included"
+                )
+            adapter.tasks = self.task_names
+        base = adapter.base_model_name_or_path
+        self.backbone.add_adapter(adapter)
+        # add_adapter takes the name from the backbone object, which has none when it was built from a config.
+        adapter.base_model_name_or_path = config.backbone_name_or_path or base
+        config.adapter = config_to_dict(adapter)
+        if config.train_backbone:
+            adapters = set(self._adapter_parameters())
+            for name, parameter in self.backbone.named_parameters():
+                if f"backbone.{name}" not in adapters:
+                    parameter.requires_grad = True
+
+    @property
+    def task_names(self) -> list[str]:
+        return [task.name for task in self.tasks]
+
+    @property
+    def affinity(self) -> Tensor:
+        """Task affinities (T,T), float32 in [0,1], [source, target], in the order of `task_names`.
+
+        Raises:
+            ValueError: if the model has no VTA adapter.
+        """
+        context = find_context(self.backbone)
+        if context is None:
+            raise ValueError("this model has no VTA adapter and hence no task affinities")
+        return context.conditioning[self.backbone.active_adapters()[0]].affinity.detach().clone()
+
+    def train(self, mode: bool = True) -> "VtaModel":
+        super().train(mode)
+        if not self.config.train_backbone:
+            train_adapters_only(self.backbone, mode)
+        return self
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: dict[str, Tensor] | None = None,
+        tasks: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> MultitaskOutput:
+        """
+        Args:
+            pixel_values: (B,3,H,W), RGB normalised with ImageNet's mean and standard deviation.
+            labels: {task: label} for all tasks or some; a label's "not labelled" pixels add nothing.
+            tasks: names of the tasks to run; default: all.
+
+        Raises:
+            ValueError: if the image is too small, a task is unknown, or a label has a wrong shape, type or range.
+        """
+        requested = self._requested(tasks)
+        self._check_inputs(pixel_values, labels, requested)
+        height, width = pixel_values.shape[-2:]
+        padded = pad_to_patches(pixel_values, self.family.patch_size(self.config.backbone_config))
+
+        shared = self.family.run_blocks(
+            self.backbone, self.family.stem(self.backbone, padded), 0, self.first_task_block
+        )
+        prepared = self.decoder.prepare(shared.feature_maps)
+        logits = {}
+        for task, task_maps in self._fan_out(shared, requested):
+            features = self.decoder(task.name, prepared, task_maps)
+            logits_BKHW = F.interpolate(self.heads[task.name](features), size=padded.shape[-2:], mode="bilinear")
+            logits[task.name] = logits_BKHW[..., :height, :width]
+
+        if labels is None:
+            return MultitaskOutput(logits=logits)
+        labelled = [task for task in requested if task.name in labels]
+        losses = {task.name: task.loss(logits[task.name], labels[task.name]) for task in labelled}
+        loss = sum((task.weight * losses[task.name] for task in labelled), start=pixel_values.new_zeros(()).float())
+        return MultitaskOutput(loss=loss, losses=losses, logits=logits)
+
+    def _fan_out(self, shared: Tokens, tasks: list[Task]) -> Iterator[tuple[Task, Sequence[Tensor]]]:
+        """From what all tasks share to the feature maps of each: the one place where the batch meets the tasks."""
+        context = find_context(self.backbone)
+        if context is None:
+            yield from ((task, ()) for task in tasks)
+            return
+        batch_size, device = shared.hidden.shape[0], shared.hidden.device
+        numbers = [self.task_names.index(task.name) for task in tasks]
+        if self.config.fan_out == "batched":
+            repeated = Tokens(shared.hidden.repeat(len(tasks), 1, 1), shared.grid)
+            task_ids_BT = torch.tensor(numbers, device=device).repeat_interleave(batch_size)
+            maps = self._run_task_blocks(repeated, task_ids_BT)
+            yield from zip(tasks, zip(*(map_.split(batch_size) for map_ in maps), strict=True), strict=True)
+            return
+        alone = Tokens(shared.hidden, shared.grid)
+        for task, number in zip(tasks, numbers, strict=True):
+            # One id per image, as a plain peft model gets them, so that results agree to the last bit.
+            yield task, self._run_task_blocks(alone, torch.full((batch_size,), number, device=device))
+
+    def _run_task_blocks(self, tokens: Tokens, task_ids: Tensor) -> tuple[Tensor, ...]:
+        with find_context(self.backbone).condition(task_ids, tokens.grid):
+            return self.family.run_blocks(self.backbone, tokens, self.first_task_block, self.num_blocks).feature_maps
+
+    def _requested(self, tasks: Sequence[str] | None) -> list[Task]:
+        unknown = [name for name in tasks or () if name not in self.task_names]
+        if unknown or isinstance(tasks, str):
+            raise ValueError(f"unknown task {(unknown or [tasks])[0]!r}; give a list out of {self.task_names}")
+        return self.tasks if tasks is None else [self.tasks[self.task_names.index(name)] for name in tasks]
+
+    def _check_inputs(self, pixel_values: Tensor, labels: dict[str, Tensor] | None, requested: list[Task]) -> None:
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+            raise ValueError(f"pixel_values has the shape {tuple(pixel_values.shape)}; it must be (B, 3, H, W)")
+        batch_size, _, height, width = pixel_values.shape
+        self.family.check_image_size(self.config.backbone_config, height, width)
+        unknown = sorted(set(labels or ()) - set(self.task_names))
+        if unknown:
+            raise ValueError(f"labels for the unknown task {unknown[0]!r}; this model has {self.task_names}")
+        if labels is not None and not torch.compiler.is_compiling():
+            for task in requested:
+                if task.name in labels:
+                    task.check_label(labels[task.name], batch_size, height, width)
+
+    def _adapter_parameters(self) -> Iterator[str]:
+        """Names of the parameters that adapters of any kind add; trained copies of blocks do not count."""
+        for layer_name, layer in self.named_modules():
+            if isinstance(layer, BaseTunerLayer) and isinstance(layer, nn.Module):
+                for name, _ in layer.named_parameters():
+                    if not name.startswith(("base_layer.", "vta_block.")):
+                        yield f"{layer_name}.{name}"
+
+    def parameter_report(self) -> dict[str, dict[str, int]]:
+        """Numbers of parameters {group: {"total", "trainable"}} of backbone, adapters, decoders, heads, and in total.
+
+        Trainable copies of adapted blocks count as backbone.
+        """
+        adapters = set(self._adapter_parameters())
+        report = {
+            group: {"total": 0, "trainable": 0} for group in ("backbone", "adapters", "decoders", "heads", "total")
+        }
+        for name, parameter in self.named_parameters():
+            root = name.partition(".")[0]
+            group = (
+                "adapters" if name in adapters else {"backbone": "backbone", "decoder": "decoders"}.get(root, "heads")
+            )
+            for counted in (group, "total"):
+                report[counted]["total"] += parameter.numel()
+                report[counted]["trainable"] += parameter.numel() if parameter.requires_grad else 0
+        return report
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Writes the adapter in peft's format, and decoders and heads beside it, one file per task.
+
+        Raises:
+            ValueError: if there is no adapter, or the backbone itself is trainable and would be lost.
+        """
+        save_adapter_files(self, Path(folder))
+
+    @classmethod
+    def from_adapter(
+        cls, source: str | Path, backbone: str | Path | PreTrainedConfig | PreTrainedModel | None = None
+    ) -> "VtaModel":
+        """Loads what `save_adapter` wrote on top of its backbone.
+
+        Args:
+            source: folder or Hub id.
+            backbone: Hub id, folder, config or model; default: the one that the adapter was trained on.
+
+        Raises:
+            ValueError: if a file is missing, truncated, not safetensors or of another model, or the backbone is not
+                of the shape that the adapter was made for.
+        """
+        return load_adapter_files(cls, source, backbone)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+
+def pad_to_patches(pixel_values_B3HW: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """Repeats the last rows and columns until height and width are multiples of the patch."""
+    height, width = pixel_values_B3HW.shape[-2:]
+    bottom, right = -height % patch_size[0], -width % patch_size[1]
+    return F.pad(pixel_values_B3HW, (0, right, 0, bottom), mode="replicate") if bottom or right else pixel_values_B3HW
