@@ -33,7 +33,7 @@ class Task(ABC):
     unlabelled: ClassVar[float | int]
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name) or hasattr(nn.ModuleDict, self.name):
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name) or hasattr(nn.ModuleDict(), self.name):
             raise ValueError(
                 f"{self.name!r} cannot be the name of a task: use lower case letters, digits and underscores, "
                 "starting with a letter, and no name of a dict's method (e.g. 'depth', 'parts', 'depth_far')"
@@ -87,9 +87,12 @@ class Task(ABC):
                 f"labels[{self.name!r}] has the shape {tuple(label.shape)}, but {self.kind} labels of this batch must "
                 f"have {expected}: resize labels with nearest neighbour to the size of pixel_values"
             )
-        if label.is_floating_point() != isinstance(self.unlabelled, float):
-            wanted = "floating point" if isinstance(self.unlabelled, float) else "int64"
-            raise ValueError(f"labels[{self.name!r}] is {label.dtype}; {self.kind} labels are {wanted}")
+        is_float = isinstance(self.unlabelled, float)
+        if not (label.is_floating_point() if is_float else label.dtype == torch.int64):
+            wanted, cast = ("floating point", "float") if is_float else ("int64", "long")
+            raise ValueError(
+                f"labels[{self.name!r}] is {label.dtype}; {self.kind} labels are {wanted}: use label.{cast}()"
+            )
         problem = self._range_error(label)
         if problem is not None:
             raise ValueError(f"labels[{self.name!r}]: {problem}")

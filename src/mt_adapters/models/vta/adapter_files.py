@@ -66,9 +66,9 @@ def task_file(name: str) -> str:
 def split_by_file(model: "VtaModel") -> dict[str, dict[str, Tensor]]:
     """{file: {key: tensor}} of decoders and heads."""
     files: dict[str, dict[str, Tensor]] = {DECODER_FILE: {}} | {task_file(name): {} for name in model.task_names}
-    for part in ("decoder", "heads"):
+    for part, path in (("decoder", "tasks."), ("heads", "")):
         for key, tensor in getattr(model, part).state_dict().items():
-            names = [name for name in model.task_names if f".{key}".startswith((f".{name}.", f".tasks.{name}."))]
+            names = [name for name in model.task_names if key.startswith(f"{path}{name}.")]
             files[task_file(names[0]) if names else DECODER_FILE][f"{part}.{key}"] = tensor.contiguous()
     return files
 

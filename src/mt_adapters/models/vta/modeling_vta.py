@@ -159,7 +159,7 @@ class VtaModel(PreTrainedModel):
         adapter.base_model_name_or_path = config.backbone_name_or_path or base
         config.adapter = config_to_dict(adapter)
         if config.train_backbone:
-            adapters = set(self._adapter_parameters())
+            adapters = set(self.adapter_parameter_names())
             for name, parameter in self.backbone.named_parameters():
                 if f"backbone.{name}" not in adapters:
                     parameter.requires_grad = True
@@ -266,7 +266,7 @@ class VtaModel(PreTrainedModel):
                 if task.name in labels:
                     task.check_label(labels[task.name], batch_size, height, width)
 
-    def _adapter_parameters(self) -> Iterator[str]:
+    def adapter_parameter_names(self) -> Iterator[str]:
         """Names of the parameters that adapters of any kind add; trained copies of blocks do not count."""
         for layer_name, layer in self.named_modules():
             if isinstance(layer, BaseTunerLayer) and isinstance(layer, nn.Module):
@@ -279,7 +279,7 @@ class VtaModel(PreTrainedModel):
 
         Trainable copies of adapted blocks count as backbone.
         """
-        adapters = set(self._adapter_parameters())
+        adapters = set(self.adapter_parameter_names())
         report = {
             group: {"total": 0, "trainable": 0} for group in ("backbone", "adapters", "decoders", "heads", "total")
         }

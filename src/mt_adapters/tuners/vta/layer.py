@@ -86,13 +86,14 @@ class VtaLayer(nn.Module, BaseTunerLayer):
         inference_mode: bool = False,
     ) -> None:
         """Adds a new, untrained adapter under this name."""
-        norms = tuple(getattr(self.base_layer, name) for name in self.family.norms)
+        block = self.base_layer
+        if config.train_adapted_blocks:
+            # The copied hooks stay bound to this layer.
+            block = self.vta_block[adapter_name] = deepcopy(self.base_layer, {id(self): self})
+        norms = tuple(getattr(block, name) for name in self.family.norms)
         grid = self.default_grid if config.attention_grid is None else tuple(config.attention_grid)
         # Ours: between stages the skip goes through its own patch merging, which starts as a copy of the frozen one.
         self.vta_adapter[adapter_name] = BlockAdapter(config, norms, grid, [deepcopy(merging) for merging in mergings])
-        if config.train_adapted_blocks:
-            # The copied hooks stay bound to this layer.
-            self.vta_block[adapter_name] = deepcopy(self.base_layer, {id(self): self})
         if adapter_name not in self.context.conditioning:
             self.vta_shared[adapter_name] = TaskConditioning(len(config.tasks or [""]), config.embedding_dim)
             self.context.conditioning[adapter_name] = self.vta_shared[adapter_name]
@@ -150,7 +151,7 @@ class VtaLayer(nn.Module, BaseTunerLayer):
         name = self.running_adapter()
         if not name:
             return None
-        grid = None if self.family.windowed else self.context.grid
+        grid = self.default_grid if self.family.windowed else self.context.grid
         bias_bLL = self.vta_adapter[name].attention_bias(self.context.embedding(name), grid)
         if self.num_prefix_tokens:
             bias_bLL = F.pad(bias_bLL, (self.num_prefix_tokens, 0, self.num_prefix_tokens, 0))

@@ -58,6 +58,9 @@ class VtaTuner(BaseTuner):
         peft_config.backbone_signature = signature
         if peft_config.target_modules is None:
             peft_config.target_modules = family.default_targets(config)
+        if peft_config.attention_grid is None:
+            # Kept with the weights: they also fit a backbone of the same shape with another window or image size.
+            peft_config.attention_grid = list(family.attention_grid(config))
         return peft_config
 
     def _create_and_replace(
@@ -134,11 +137,13 @@ class TaskIdsKeyword:
         pixel_values: Tensor = args[0] if args else kwargs["pixel_values"]
         batch_size, _, height, width = pixel_values.shape
         task_ids = kwargs.pop("task_ids", None)
-        layer = next(module for module in model.modules() if isinstance(module, VtaLayer))
-        if task_ids is not None and layer.running_adapter():
-            num_tasks = self.context.conditioning[layer.running_adapter()].num_tasks
+        family = get_family(model.config.model_type)
+        family.check_image_size(model.config, height, width)
+        running = {module.running_adapter() for module in model.modules() if isinstance(module, VtaLayer)} - {""}
+        if task_ids is not None and running:
+            num_tasks = self.context.conditioning[running.pop()].num_tasks
             task_ids = check_task_ids(task_ids, num_tasks, batch_size).to(pixel_values.device)
-        self.context.begin(task_ids, get_family(model.config.model_type).token_grid(model.config, height, width))
+        self.context.begin(task_ids, family.token_grid(model.config, height, width))
         return args, kwargs
 
     def after(self, model: PreTrainedModel, args: tuple, output: Any) -> None:

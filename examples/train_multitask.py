@@ -1,0 +1,140 @@
+"""Trains one model on several dense tasks and shows what it learned.
+
+The demo, on the rooms sample that the package ships (CPU, minutes):
+
+    python examples/train_multitask.py
+
+A recipe, other settings, several processes, going on after an interruption:
+
+    accelerate launch examples/train_multitask.py --recipe examples/recipes/rooms_dinov2_small.yaml --data_dir rooms
+    accelerate launch --cpu --num_processes 2 examples/train_multitask.py --batch_size 8
+    python examples/train_multitask.py --resume
+
+Baselines with the same backbone, data and loop: `--adapter none`, `--adapter lora`, and the linear probe
+`--adapter none --decoder linear`.
+
+Writes to output_dir: the model (config.json, model.safetensors, preprocessor_config.json), adapter/, metrics.json,
+predictions.png, affinity.png, README.md (the model's card), and checkpoints/ and logs/ of the training.
+"""
+
+import json
+import sys
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import ProjectConfiguration, set_seed
+from peft import LoraConfig
+from transformers import AutoConfig
+
+from mt_adapters import VtaAdapterConfig, VtaImageProcessorPil, VtaModel
+from mt_adapters.data import get_dataset
+from mt_adapters.hub.card import metrics_table, model_card, parameter_table
+from mt_adapters.training.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from mt_adapters.training.evaluation import Results, input_blind_results
+from mt_adapters.training.loop import train
+from mt_adapters.training.loop_state import LoopState
+from mt_adapters.visualize import plot_affinity, plot_predictions
+
+DEMO = Path(__file__).parent / "recipes" / "rooms_demo.yaml"
+NUM_PICTURES = 4
+
+
+def build_model(arguments: ModelArguments, classes: tuple[str, ...]) -> VtaModel:
+    if (arguments.backbone is None) == (arguments.backbone_config is None):
+        raise ValueError("give one of backbone (Hub id or folder) and backbone_config (random weights)")
+    adapters = {
+        "vta": lambda: VtaAdapterConfig(**arguments.adapter_settings),
+        "lora": lambda: LoraConfig(**{"target_modules": ["q_proj", "v_proj"]} | arguments.adapter_settings),
+        "none": lambda: None,
+    }
+    return VtaModel.from_backbone(
+        arguments.backbone or AutoConfig.for_model(**arguments.backbone_config),
+        tasks=arguments.tasks,
+        adapter=adapters[arguments.adapter](),
+        decoder=arguments.decoder,
+        decoder_dim=arguments.decoder_dim,
+        share_decoder=arguments.share_decoder,
+        train_backbone=arguments.train_backbone,
+        id2label=dict(enumerate(classes)),
+    )
+
+
+def run_record(
+    model: VtaModel,
+    state: LoopState,
+    baseline: Results,
+    arguments: tuple[ModelArguments, DataArguments, TrainingArguments],
+    num_images: int,
+    accelerator: Accelerator,
+) -> dict:
+    """What metrics.json holds: the results, and all that is needed to get them again."""
+    model_arguments, data, training = arguments
+    best = next(entry for entry in state.history if entry["step"] == state.best_step)
+    settings = asdict(model_arguments) | asdict(data) | asdict(training)
+    side = data.eval_image_size or data.image_size
+    return {
+        "tasks": {task.name: task.kind for task in model.tasks},
+        "results": best["results"],
+        "input_blind": baseline,
+        "mean_gain": best["score"],
+        "evaluation": f"{num_images} validation images of {data.dataset} at {side} x {side} pixels",
+        "parameters": model.parameter_report(),
+        "affinity": model.affinity.tolist() if model.config.adapter and model_arguments.adapter == "vta" else None,
+        "steps": state.step,
+        "best_step": state.best_step,
+        "history": state.history,
+        "seconds": state.seconds,
+        "device": f"{accelerator.num_processes} process(es), {accelerator.device.type}",
+        "command": " ".join(["python", "examples/train_multitask.py", *sys.argv[1:]]),
+        "arguments": {k: v for k, v in settings.items() if k not in ("output_dir", "resume")},
+        "versions": {name: version(name) for name in ("mt-adapters", "torch", "transformers", "peft", "accelerate")},
+    }
+
+
+def main() -> None:
+    arguments = model_arguments, data, training = parse_arguments(default_recipe=DEMO)
+    output = Path(training.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=training.mixed_precision,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        dataloader_config=DataLoaderConfiguration(even_batches=False),
+        log_with=[name for name in training.trackers if name != "none"],
+        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
+    )
+    set_seed(training.seed)
+    dataset = get_dataset(data.dataset)
+    train_set, validation_set = dataset("train", data.data_dir), dataset("validation", data.data_dir)
+    model = build_model(model_arguments, dataset.classes)
+    if accelerator.is_main_process:
+        print(parameter_table(model.parameter_report()))
+    side = data.eval_image_size or data.image_size
+    baseline = input_blind_results(train_set, validation_set, model.tasks, side, data.num_workers)
+    accelerator.init_trackers("mt_adapters", config={"max_steps": training.max_steps, "seed": training.seed})
+
+    state = train(model, train_set, validation_set, data, training, accelerator, baseline)
+
+    if accelerator.is_main_process:
+        record = run_record(model, state, baseline, arguments, len(validation_set), accelerator)
+        model.save_pretrained(output)
+        if model.config.adapter is not None and not model.config.train_backbone:
+            model.save_adapter(output / "adapter")
+        size = {"height": side, "width": side}
+        VtaImageProcessorPil(size=size, tasks=model.config.tasks).save_pretrained(output)
+        indices = [number * len(validation_set) // NUM_PICTURES for number in range(NUM_PICTURES)]
+        plot_predictions(model, validation_set, indices, side, output / "predictions.png")
+        if record["affinity"] is not None:
+            plot_affinity(model.affinity, model.task_names, output / "affinity.png")
+        (output / "metrics.json").write_text(json.dumps(record, indent=1) + "\n")
+        (output / "README.md").write_text(model_card(record))
+        columns = {"this model": record["results"], "input-blind": record["input_blind"]}
+        print(f"\n{record['evaluation']}, after {state.step} steps in {state.seconds / 60:.1f} minutes\n")
+        print(metrics_table(columns, record["tasks"]))
+        print(f"\nEverything is in {output}: look at {output / 'predictions.png'}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""The training loop: batches in, a trained model out, exactly resumable.
+
+The order of samples, their augmentation and the weights depend on the seed and the step alone, so that a run that was
+killed and resumed ends with the same weights as one that was not.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import tqdm
+from torch.optim import AdamW
+from torch.utils.data import DataLoader, Dataset
+from transformers import get_cosine_schedule_with_warmup
+from transformers.utils import logging
+
+from mt_adapters.data import AugmentedDataset, MultitaskCollator, StepSampler, TrainTransform
+from mt_adapters.models.vta.modeling_vta import VtaModel
+from mt_adapters.training.arguments import DataArguments, TrainingArguments
+from mt_adapters.training.evaluation import Results, eval_loader, evaluate, mean_gain
+from mt_adapters.training.loop_state import (
+    BEST_FILE,
+    LoopState,
+    checkpoint_only_what_is_trained,
+    finite_or_error,
+    load_best,
+    load_checkpoint,
+    save_checkpoint,
+    save_tensors,
+    trained_state,
+)
+
+logger = logging.get_logger(__name__)
+
+
+def parameter_groups(model: VtaModel, training: TrainingArguments) -> list[dict[str, Any]]:
+    """Weight decay on matrices only; task embeddings, biases and norms are not pulled to zero."""
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    adapters = set(model.adapter_parameter_names())
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_backbone = name.startswith("backbone.") and name not in adapters
+            decays = parameter.ndim > 1 and not name.endswith(("task_embedding", "affinity", "embeddings"))
+            groups.setdefault((is_backbone, decays), []).append(parameter)
+    backbone_rate = training.backbone_learning_rate or training.learning_rate
+    return [
+        {
+            "params": parameters,
+            "lr": backbone_rate if is_backbone else training.learning_rate,
+            "weight_decay": training.weight_decay if decays else 0.0,
+        }
+        for (is_backbone, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def train_loader(
+    dataset: Dataset, model: VtaModel, data: DataArguments, training: TrainingArguments, num_samples: int
+) -> DataLoader:
+    transform = TrainTransform(
+        model.tasks,
+        (data.image_size, data.image_size),
+        scale=tuple(data.crop_scale),
+        color_jitter=tuple(data.color_jitter),
+    )
+    return DataLoader(
+        AugmentedDataset(dataset, transform, training.seed),
+        batch_size=training.batch_size,
+        sampler=StepSampler(len(dataset), num_samples, training.seed),
+        collate_fn=MultitaskCollator(model.tasks),
+        num_workers=data.num_workers,
+        drop_last=True,
+    )
+
+
+def train(
+    model: VtaModel,
+    train_set: Dataset,
+    validation_set: Dataset,
+    data: DataArguments,
+    training: TrainingArguments,
+    accelerator: Accelerator,
+    baseline: Results,
+) -> LoopState:
+    """Trains the model in place and leaves it with the weights of its best evaluation.
+
+    Args:
+        baseline: results that the score of an evaluation is measured against (the input-blind predictor's).
+
+    Raises:
+        ValueError: if a loss becomes NaN or infinite.
+    """
+    checkpoints = Path(training.output_dir) / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    steps, accumulation = training.max_steps, training.gradient_accumulation_steps
+    num_samples = steps * accumulation * training.batch_size * accelerator.num_processes
+    optimizer = AdamW(parameter_groups(model, training), betas=(0.9, 0.98))
+    scheduler = get_cosine_schedule_with_warmup(optimizer, round(steps * training.warmup_ratio), steps)
+    loader = train_loader(train_set, model, data, training, num_samples)
+    side = data.eval_image_size or data.image_size
+    validation = eval_loader(validation_set, model.tasks, side, training.batch_size, data.num_workers)
+    wrapped, optimizer, loader, validation = accelerator.prepare(model, optimizer, loader, validation)
+
+    state = LoopState()
+    # The scheduler counts optimiser steps, whatever the number of processes; Accelerate's wrapper would not.
+    accelerator.register_for_checkpointing(state, scheduler)
+    checkpoint_only_what_is_trained(accelerator)
+    if training.resume and load_checkpoint(accelerator, checkpoints):
+        logger.warning("resuming after step %d", state.step)
+        loader = accelerator.skip_first_batches(loader, state.step * accumulation)
+    if state.step == steps:
+        load_best(model, checkpoints)
+        return state
+
+    model.train()
+    progress = tqdm(total=steps, initial=state.step, desc="train")
+    started = time.perf_counter() - state.seconds
+    for batch in loader:
+        with accelerator.accumulate(wrapped):
+            output = wrapped(batch["pixel_values"], labels=batch["labels"])
+            losses = finite_or_error(output.losses, state.step)
+            accelerator.backward(output.loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(
+                    [parameter for parameter in model.parameters() if parameter.requires_grad], training.max_grad_norm
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
+        scheduler.step()
+        state.step += 1
+        progress.update()
+        progress.set_postfix({name: f"{value:.3f}" for name, value in losses.items()})
+        accelerator.log(
+            {f"train/{name}": value for name, value in losses.items()}
+            | {"learning_rate": scheduler.get_last_lr()[-1]},
+            step=state.step,
+        )
+        done = state.step == steps
+        if done or (training.eval_steps and state.step % training.eval_steps == 0):
+            results = evaluate(model, validation, accelerator)
+            record(state, results, mean_gain(results, baseline, model.tasks))
+            accelerator.log(
+                {f"eval/{task}/{k}": v for task, metrics in results.items() for k, v in metrics.items()},
+                step=state.step,
+            )
+            if state.best_step == state.step and accelerator.is_main_process:
+                save_tensors(trained_state(model), checkpoints / BEST_FILE)
+        if done or state.step % training.checkpoint_steps == 0:
+            state.seconds = time.perf_counter() - started
+            save_checkpoint(accelerator, checkpoints)
+    progress.close()
+    accelerator.wait_for_everyone()
+    load_best(model, checkpoints)
+    return state
+
+
+def record(state: LoopState, results: Results, score: float) -> None:
+    state.history.append({"step": state.step, "score": score, "results": results})
+    # A NaN score (a metric without any labelled pixel) never counts as better.
+    if state.best_score is None or score > state.best_score:
+        state.best_step, state.best_score = state.step, score
