@@ -7,8 +7,10 @@ The demo, on the rooms sample that the package ships (CPU, minutes):
 A recipe, other settings, several processes, going on after an interruption:
 
     accelerate launch examples/train_multitask.py --recipe examples/recipes/rooms_dinov2_small.yaml --data_dir rooms
-    accelerate launch --cpu --num_processes 2 examples/train_multitask.py --batch_size 8
+    torchrun --nproc_per_node 2 examples/train_multitask.py --batch_size 4
     python examples/train_multitask.py --resume
+
+(On a machine without a GPU `accelerate launch --num_processes 2` starts one process only; torchrun starts two.)
 
 Baselines with the same backbone, data and loop: `--adapter none`, `--adapter lora`, and the linear probe
 `--adapter none --decoder linear`.
@@ -18,11 +20,13 @@ predictions.png, affinity.png, README.md (the model's card), and checkpoints/ an
 """
 
 import json
+import shlex
 import sys
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import ProjectConfiguration, set_seed
 from peft import LoraConfig
@@ -43,10 +47,13 @@ NUM_PICTURES = 4
 
 def build_model(arguments: ModelArguments, classes: tuple[str, ...]) -> VtaModel:
     if (arguments.backbone is None) == (arguments.backbone_config is None):
-        raise ValueError("give one of backbone (Hub id or folder) and backbone_config (random weights)")
+        raise ValueError(
+            f"backbone is {arguments.backbone!r} and backbone_config {arguments.backbone_config!r}; give one of them: "
+            "a Hub id or folder, or (in a recipe) the config of a backbone with random weights"
+        )
     adapters = {
         "vta": lambda: VtaAdapterConfig(**arguments.adapter_settings),
-        "lora": lambda: LoraConfig(**{"target_modules": ["q_proj", "v_proj"]} | arguments.adapter_settings),
+        "lora": lambda: LoraConfig(**{"target_modules": ["q_proj", "v_proj"]} | arguments.lora_settings),
         "none": lambda: None,
     }
     return VtaModel.from_backbone(
@@ -61,6 +68,12 @@ def build_model(arguments: ModelArguments, classes: tuple[str, ...]) -> VtaModel
     )
 
 
+def without_folders(text: str) -> str:
+    """The same argument with an absolute path cut to its last part: folders of one machine are not published."""
+    option, sign, path = text.rpartition("=")
+    return f"{option}{sign}{Path(path).name}" if Path(path).is_absolute() else text
+
+
 def run_record(
     model: VtaModel,
     state: LoopState,
@@ -72,7 +85,12 @@ def run_record(
     """What metrics.json holds: the results, and all that is needed to get them again."""
     model_arguments, data, training = arguments
     best = next(entry for entry in state.history if entry["step"] == state.best_step)
-    settings = asdict(model_arguments) | asdict(data) | asdict(training)
+    settings = {
+        name: without_folders(value) if isinstance(value, str) else value
+        for name, value in (asdict(model_arguments) | asdict(data) | asdict(training)).items()
+        if name not in ("output_dir", "resume")
+    }
+    backbone = model_arguments.backbone
     side = data.eval_image_size or data.image_size
     return {
         "tasks": {task.name: task.kind for task in model.tasks},
@@ -80,6 +98,7 @@ def run_record(
         "input_blind": baseline,
         "mean_gain": best["score"],
         "evaluation": f"{num_images} validation images of {data.dataset} at {side} x {side} pixels",
+        "base_model": None if backbone is None or Path(backbone).is_dir() else backbone,
         "parameters": model.parameter_report(),
         "affinity": model.affinity.tolist() if model.config.adapter and model_arguments.adapter == "vta" else None,
         "steps": state.step,
@@ -87,8 +106,8 @@ def run_record(
         "history": state.history,
         "seconds": state.seconds,
         "device": f"{accelerator.num_processes} process(es), {accelerator.device.type}",
-        "command": " ".join(["python", "examples/train_multitask.py", *sys.argv[1:]]),
-        "arguments": {k: v for k, v in settings.items() if k not in ("output_dir", "resume")},
+        "command": shlex.join(["python", "examples/train_multitask.py", *map(without_folders, sys.argv[1:])]),
+        "arguments": settings,
         "versions": {name: version(name) for name in ("mt-adapters", "torch", "transformers", "peft", "accelerate")},
     }
 
@@ -97,6 +116,8 @@ def main() -> None:
     arguments = model_arguments, data, training = parse_arguments(default_recipe=DEMO)
     output = Path(training.output_dir)
     accelerator = Accelerator(
+        # Said aloud, so that several processes on CPUs find each other.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=training.mixed_precision,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         dataloader_config=DataLoaderConfiguration(even_batches=False),
@@ -118,10 +139,11 @@ def main() -> None:
     if accelerator.is_main_process:
         record = run_record(model, state, baseline, arguments, len(validation_set), accelerator)
         model.save_pretrained(output)
+        processor = VtaImageProcessorPil(size={"height": side, "width": side}, tasks=model.config.tasks)
+        processor.save_pretrained(output)
         if model.config.adapter is not None and not model.config.train_backbone:
             model.save_adapter(output / "adapter")
-        size = {"height": side, "width": side}
-        VtaImageProcessorPil(size=size, tasks=model.config.tasks).save_pretrained(output)
+            processor.save_pretrained(output / "adapter")
         indices = [number * len(validation_set) // NUM_PICTURES for number in range(NUM_PICTURES)]
         plot_predictions(model, validation_set, indices, side, output / "predictions.png")
         if record["affinity"] is not None:

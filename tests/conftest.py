@@ -25,6 +25,8 @@ os.environ.update(
     MPLBACKEND="Agg",
 )
 
+pytest_plugins = ["programs"]
+
 REPOSITORY = Path(__file__).parents[1]
 SHARED_FOLDER = Path(os.environ.get("MT_ADAPTERS_SHARED", REPOSITORY / "../shared")).resolve()
 SHARED_PARTS = ("models/dinov2-small", "data/rooms", "reference")

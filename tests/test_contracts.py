@@ -1,10 +1,16 @@
-"""What every family of backbones must keep. Rows: `FAMILIES` in tiny_models.py; saved files: test_contract_files.py."""
+"""What every family must keep. Its rows are `FAMILIES` in tiny_models.py; saved files: test_contract_files.py."""
 
 import copy
 
 import pytest
 import torch
 from peft import get_peft_model
+from torch import Tensor, nn
+
+from mt_adapters import VtaAdapterConfig, VtaModel
+from mt_adapters.backbones import get_family
+from mt_adapters.backbones.base import to_map
+from mt_adapters.tuners.vta import VtaLayer
 from tiny_models import (
     ALL_TASKS,
     FAMILIES,
@@ -18,12 +24,6 @@ from tiny_models import (
     make_model,
     randomize,
 )
-from torch import Tensor, nn
-
-from mt_adapters import VtaAdapterConfig, VtaModel
-from mt_adapters.backbones import get_family
-from mt_adapters.backbones.base import to_map
-from mt_adapters.tuners.vta import VtaLayer
 
 TASKS = list(ALL_TASKS)
 OPTIONS = {
@@ -155,7 +155,7 @@ def test_every_trainable_parameter_gets_a_gradient_in_one_step_and_moves_within_
     row = FAMILIES[family]
     model = make_model(family, randomized=False).train()
     first = train_steps(copy.deepcopy(model), row.size, num_steps=1)
-    # What stands before a zero-initialised layer waits for it: FiLM's scale of a zero matrix is the one half of `film`.
+    # What stands before a zero-initialised layer waits for it: the embedding for FiLM, say.
     waiting = {name for name, moved in first.items() if not moved}
     assert waiting
     assert all(".vta_" in name for name in waiting)
@@ -216,6 +216,7 @@ def test_two_adapters_switch_and_one_is_deleted_and_added_again(family):
     assert torch.equal(tokens_of(model, images), base)
     with pytest.raises(ValueError, match="out of range"):
         tokens_of(model, images, [1])
+    model.set_adapter("default")
     model.delete_adapter("second")
     assert torch.equal(tokens_of(model, images, [1]), first)
     model.add_adapter("second", VtaAdapterConfig(tasks=["depth"], target_modules=[earlier, *row.targets]))
@@ -224,6 +225,9 @@ def test_two_adapters_switch_and_one_is_deleted_and_added_again(family):
             if ".second." in name:
                 parameter.normal_(std=0.3)
     assert torch.equal(tokens_of(model, images, [1]), first), "an adapter that is not active must not act"
+    with pytest.raises(ValueError, match="out of range"):
+        # The first adapted block has no part of the active adapter.
+        tokens_of(model, images, [4])
     model.set_adapter("second")
     second = tokens_of(model, images, [0])
     assert differ(second, base)

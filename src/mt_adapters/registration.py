@@ -1,5 +1,7 @@
 """The package's only side effects: what transformers and peft must know of it. Running it twice changes nothing."""
 
+from typing import Any
+
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
@@ -15,7 +17,7 @@ def add_peft_type(name: str) -> None:
     """Adds a member to peft's closed enumeration of adapter types, which has no way in for other packages."""
     if name in PeftType.__members__:
         return
-    member = str.__new__(PeftType, name)
+    member: Any = str.__new__(PeftType, name)
     member._name_ = name
     member._value_ = name
     member.__objclass__ = PeftType
@@ -30,7 +32,7 @@ def add_peft_type(name: str) -> None:
 
 def register() -> None:
     add_peft_type("VTA")
-    if PeftType.VTA not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    if PeftType("VTA") not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name="vta", config_cls=VtaAdapterConfig, model_cls=VtaTuner)
     AutoConfig.register("vta", VtaConfig, exist_ok=True)
     AutoModel.register(VtaConfig, VtaModel, exist_ok=True)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from mt_adapters.backbones.base import BackboneFamily, Tokens, to_map
 
@@ -54,10 +54,10 @@ class Dinov2Family(BackboneFamily):
     def min_image_size(self, config: PreTrainedConfig) -> int:
         return max(self.patch_size(config))
 
-    def stem(self, model: PreTrainedModel, pixel_values: Tensor) -> Tokens:
+    def stem(self, model: Any, pixel_values: Tensor) -> Tokens:
         return Tokens(model.embeddings(pixel_values), self.token_grid(model.config, *pixel_values.shape[-2:]))
 
-    def run_blocks(self, model: PreTrainedModel, tokens: Tokens, start: int, stop: int) -> Tokens:
+    def run_blocks(self, model: Any, tokens: Tokens, start: int, stop: int) -> Tokens:
         hidden_BNC, maps = tokens.hidden, tokens.feature_maps
         map_blocks = self.map_blocks(model.config)
         for number in range(start, stop):

@@ -1,10 +1,12 @@
 """Pretrained backbones from a Hub id, a folder or a config; safetensors only."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
@@ -15,8 +17,8 @@ def load_backbone(source: str | Path | PreTrainedConfig) -> PreTrainedModel:
     """The headless model of a Hub id or folder with its pretrained weights in float32, or, from a config, a new one.
 
     Raises:
-        ValueError: if the backbone's type is unknown, its folder does not exist, a weight is missing, or the weight
-            file is truncated or not safetensors.
+        ValueError: if the backbone's type is unknown, its folder does not exist, a weight is missing or has another
+            shape, or the weight file is truncated or not safetensors.
     """
     if isinstance(source, PreTrainedConfig):
         get_family(source.model_type)
@@ -25,15 +27,33 @@ def load_backbone(source: str | Path | PreTrainedConfig) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(source)
         family = get_family(config.model_type)
         model, report = AutoModel.from_pretrained(
-            source, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            source,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
-    missing = [key for key in sorted(report["missing_keys"]) if not key.endswith(family.unused_weights)]
+    check_report(source, report, family.unused_weights)
+    return model
+
+
+def check_report(source: str | Path, report: Mapping[str, Any], unused_weights: tuple[str, ...] = ()) -> None:
+    """
+    Raises:
+        ValueError: if transformers' loading report lists weights that are missing or have another shape.
+    """
+    mend = "the file is incomplete or of another model than its config.json describes; get both again"
+    missing = [key for key in sorted(report["missing_keys"]) if not key.endswith(unused_weights)]
     if missing:
         raise ValueError(
-            f"the weights of {str(source)!r} lack {len(missing)} tensors of a {config.model_type} backbone, the first "
-            f"is {missing[0]!r}: the file is of another model or incomplete; get it again"
+            f"the weights of {str(source)!r} lack {len(missing)} tensors, the first is {missing[0]!r}: {mend}"
         )
-    return model
+    for key, found, expected in sorted(report["mismatched_keys"]):
+        raise ValueError(
+            f"the weights of {str(source)!r} do not fit: {key!r} has the shape {tuple(found)}, expected "
+            f"{tuple(expected)}: {mend}"
+        )
 
 
 @contextmanager
@@ -46,7 +66,7 @@ def readable_weight_errors(source: str | Path) -> Iterator[None]:
             f"the weight file of {str(source)!r} is truncated or no safetensors file ({error}): get it again, or "
             "convert it with safetensors; pickled weights are never loaded"
         ) from error
-    except OSError as error:
+    except (OSError, HFValidationError) as error:
         raise ValueError(
             f"cannot load {str(source)!r}: {error}. Give a Hub id or a folder that holds config.json and "
             "model.safetensors; pickled weights (.bin, .pt) are never loaded"

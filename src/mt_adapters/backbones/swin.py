@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.models.swin.modeling_swin import SwinLayer
 
 from mt_adapters.backbones.base import BackboneFamily, Tokens, to_map
@@ -58,11 +58,11 @@ class SwinFamily(BackboneFamily):
             coarsest = 2 * coarsest - 1
         return (coarsest - 1) * max(self.patch_size(config)) + 1
 
-    def stem(self, model: PreTrainedModel, pixel_values: Tensor) -> Tokens:
+    def stem(self, model: Any, pixel_values: Tensor) -> Tokens:
         hidden_BNC, grid = model.embeddings(pixel_values, interpolate_pos_encoding=True)
         return Tokens(hidden_BNC, grid)
 
-    def run_blocks(self, model: PreTrainedModel, tokens: Tokens, start: int, stop: int) -> Tokens:
+    def run_blocks(self, model: Any, tokens: Tokens, start: int, stop: int) -> Tokens:
         hidden_BNC, (rows, columns), maps = tokens.hidden, tokens.grid, tokens.feature_maps
         number = 0
         for index, stage in enumerate(model.encoder.layers):
@@ -96,7 +96,7 @@ class SwinFamily(BackboneFamily):
     def block_grid(self, args: tuple, kwargs: dict[str, Any], image_grid: tuple[int, int]) -> tuple[int, int]:
         return args[1] if len(args) > 1 else kwargs["input_dimensions"]
 
-    def mergings(self, model: PreTrainedModel, first_stage: int, last_stage: int) -> Sequence[nn.Module]:
+    def mergings(self, model: Any, first_stage: int, last_stage: int) -> Sequence[nn.Module]:
         return [model.encoder.layers[stage].downsample for stage in range(first_stage, last_stage)]
 
 

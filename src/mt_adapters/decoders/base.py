@@ -126,10 +126,10 @@ class Lateral(nn.Module):
     def __init__(self, channels: int, dim: int, octaves: int) -> None:
         super().__init__()
         enlarge, shrink = 2 ** max(octaves, 0), 2 ** max(-octaves, 0)
-        self.pool = nn.AvgPool2d(shrink, ceil_mode=True)
+        self.pool = nn.AvgPool2d(shrink, ceil_mode=True) if shrink > 1 else nn.Identity()
         self.norm = nn.GroupNorm(1, channels)
         self.projection = nn.Conv2d(channels, dim * enlarge**2, kernel_size=1)
-        self.shuffle = nn.PixelShuffle(enlarge)
+        self.shuffle = nn.PixelShuffle(enlarge) if enlarge > 1 else nn.Identity()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.shuffle(self.projection(self.norm(self.pool(x_BCHW))))

@@ -39,14 +39,16 @@ def model_card(record: Mapping[str, Any]) -> str:
     data = ModelCardData(
         license="apache-2.0",
         library_name="mt-adapters",
-        base_model=record["arguments"]["backbone"],
+        base_model=record.get("base_model"),
         tags=["mt-adapters", "multitask", "dense-prediction", *record["tasks"]],
     )
-    affinity = record["affinity"]
+    affinity, arguments = record["affinity"], record["arguments"]
+    state = "trained" if arguments["train_backbone"] else "frozen"
+    adapters = {"vta": "task-conditioned adapters", "lora": "LoRA adapters", "none": "no adapters"}
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# Multitask model: {', '.join(record['tasks'])}",
-        "A frozen vision transformer with multitask adapters, made with mt_adapters.",
+        f"A {state} vision transformer with {adapters[arguments['adapter']]}, made with mt_adapters.",
         "```python\nimport mt_adapters  # registers the model type\nfrom transformers import AutoModel\n\n"
         'model = AutoModel.from_pretrained("this folder or its Hub id").eval()\n```',
         f"## Results\n\n{record['evaluation']}; input-blind: predicts the training set's mean map or most frequent "
@@ -61,7 +63,7 @@ def model_card(record: Mapping[str, Any]) -> str:
     sections.append(
         f"## Training\n\n{record['steps']} steps in {record['seconds'] / 60:.1f} minutes on {record['device']}; "
         f"the best evaluation was after step {record['best_step']}.\n\n```\n{record['command']}\n```\n\n"
-        f"```json\n{json.dumps(record['arguments'], indent=1)}\n```\n\n"
+        f"```json\n{json.dumps(arguments, indent=1)}\n```\n\n"
         + "Versions: "
         + ", ".join(f"{name} {version}" for name, version in record["versions"].items())
         + "."

@@ -40,7 +40,7 @@ class SemsegTask(Task):
         return logits_BKHW.argmax(dim=1)
 
     def colorize(self, map_: Tensor, like: Tensor | None = None) -> Tensor:
-        # Hues a golden angle apart, lightness in three steps: neighbouring ids never look alike, any number of classes.
+        # Hues a golden angle apart, lightness in three steps: neighbouring ids never look alike, for any K.
         ids = torch.arange(self.num_labels, dtype=torch.float32, device=map_.device)
         hue, value = ids * 0.61803398875 % 1.0, 1.0 - 0.22 * (ids % 3)
         offsets = torch.tensor([5.0, 3.0, 1.0], device=map_.device)

@@ -1,10 +1,11 @@
 """Everything a training run is told, from a YAML recipe and the command line, which has the last word."""
 
+import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -31,8 +32,9 @@ class ModelArguments:
         default="vta", metadata={"help": "Adapter, or a baseline: LoRA shared by all tasks, or no adapter."}
     )
     adapter_settings: dict = field(
-        default_factory=dict, metadata={"help": "Settings of VtaAdapterConfig or LoraConfig (recipes only)."}
+        default_factory=dict, metadata={"help": "Settings of VtaAdapterConfig (recipes only)."}
     )
+    lora_settings: dict = field(default_factory=dict, metadata={"help": "Settings of LoraConfig (recipes only)."})
     decoder: str = field(default="fpn", metadata={"help": "fpn, swin_unet, or linear (a linear probe)."})
     decoder_dim: int = field(default=64, metadata={"help": "Channels of the decoder."})
     share_decoder: bool = field(default=False, metadata={"help": "One decoder for all tasks instead of one each."})
@@ -53,6 +55,11 @@ class DataArguments:
         default_factory=lambda: [0.2, 0.2, 0.2, 0.1], metadata={"help": "Brightness, contrast, saturation, hue."}
     )
     num_workers: int = field(default=2, metadata={"help": "Worker processes of each data loader."})
+
+    def __post_init__(self) -> None:
+        for name, length in (("crop_scale", 2), ("color_jitter", 4)):
+            if len(getattr(self, name)) != length:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be {length} numbers")
 
 
 @dataclass
@@ -99,7 +106,7 @@ def parse_arguments(default_recipe: Path | None = None, argv: Sequence[str] | No
     Raises:
         ValueError: if the recipe is no file or has a key or a value that is not known; names the allowed ones.
     """
-    parser = HfArgumentParser(SECTIONS)
+    parser = HfArgumentParser(SECTIONS)  # type: ignore[arg-type]
     parser.add_argument("--recipe", type=Path, default=default_recipe, help="YAML file with any of these settings.")
     argv = list(sys.argv[1:] if argv is None else argv)
     recipe = parser.parse_known_args(argv)[0].recipe
@@ -109,24 +116,51 @@ def parse_arguments(default_recipe: Path | None = None, argv: Sequence[str] | No
     return model, data, training
 
 
+class RecipeLoader(yaml.SafeLoader):
+    """Reads numbers and truth values as YAML 1.2 does: 1e-3 is a number, and no is text."""
+
+
+RecipeLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|True|false|False"), list("tTfF"))
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.\d+|\d+\.\d*|\d+(?=[eE]))([eE][-+]?\d+)?$"),
+    list("-+.0123456789"),
+)
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"there is no recipe {str(path)!r}; give a YAML file, e.g. those in examples/recipes")
     try:
-        recipe = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        recipe = yaml.load(path.read_text(encoding="utf-8"), RecipeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"the recipe {str(path)!r} is no valid YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"the recipe {str(path)!r} must hold 'key: value' lines")
-    known = {item.name: item for section in SECTIONS for item in fields(section)}
-    unknown = sorted(set(recipe) - set(known))
+    hints = {name: hint for section in SECTIONS for name, hint in get_type_hints(section).items()}
+    # HfArgumentParser allows no more than names here.
+    hints["tasks"] = list[str | dict]
+    unknown = [key for key in recipe if key not in hints]
     if unknown:
-        raise ValueError(f"the recipe {str(path)!r} has the unknown key {unknown[0]!r}; known are {sorted(known)}")
+        raise ValueError(f"the recipe {str(path)!r} has the unknown key {unknown[0]!r}; known are {sorted(hints)}")
     for key, value in recipe.items():
-        # YAML reads 1e-3, without a point, as text.
-        if isinstance(value, str) and known[key].type in (int, float):
-            try:
-                recipe[key] = known[key].type(value)
-            except ValueError:
-                raise ValueError(f"the recipe {str(path)!r} has {key}: {value!r}, which is no number") from None
+        if not _fits(value, hints[key]):
+            allowed = str(hints[key]) if get_origin(hints[key]) else hints[key].__name__
+            raise ValueError(f"the recipe {str(path)!r} has {key}: {value!r}; it must be {allowed}")
     return recipe
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if get_args(hint):
+        return any(_fits(value, option) for option in get_args(hint))
+    # A bool is an int to Python, and a whole number is a fine float.
+    kinds = (int, float) if hint is float else hint
+    return isinstance(value, kinds) and (hint is bool or not isinstance(value, bool))

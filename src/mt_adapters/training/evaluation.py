@@ -3,6 +3,7 @@
 Shape suffixes: B batch, K channels or classes, H height, W width.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mt_adapters.data import AugmentedDataset, EvalTransform, MultitaskCollator
-from mt_adapters.metrics import delta_m, get_metric
+from mt_adapters.metrics import METRICS, delta_m, get_metric
 from mt_adapters.models.vta.modeling_vta import VtaModel
 from mt_adapters.tasks import Task
 
@@ -27,7 +28,7 @@ def eval_loader(
     return DataLoader(
         AugmentedDataset(dataset, EvalTransform(tasks, (image_size, image_size))),
         batch_size=batch_size,
-        sampler=[(0, index) for index in range(len(dataset))],
+        sampler=[(0, index) for index in range(len(dataset))],  # type: ignore[arg-type]
         collate_fn=MultitaskCollator(tasks),
         num_workers=num_workers,
     )
@@ -103,5 +104,14 @@ def input_blind_results(
 
 
 def mean_gain(results: Results, baseline: Results, tasks: Sequence[Task]) -> float:
-    """Mean relative gain over a baseline in percent, over the tasks' primary metrics; higher is better."""
-    return delta_m(results, baseline, {task.name: task.kind for task in tasks})
+    """Mean relative gain over a baseline in percent, over the tasks' primary metrics; higher is better.
+
+    A task whose baseline is zero or NaN (no label in the set) has no relative gain and is left out; NaN if all are.
+    """
+    kinds = {task.name: task.kind for task in tasks}
+    usable = {}
+    for name, kind in kinds.items():
+        value = baseline[name][METRICS[kind].primary]
+        if value != 0 and math.isfinite(value):
+            usable[name] = kind
+    return delta_m(results, baseline, usable) if usable else math.nan

@@ -4,6 +4,7 @@ The order of samples, their augmentation and the weights depend on the seed and 
 killed and resumed ends with the same weights as one that was not.
 """
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,10 @@ from mt_adapters.training.evaluation import Results, eval_loader, evaluate, mean
 from mt_adapters.training.loop_state import (
     BEST_FILE,
     LoopState,
-    checkpoint_only_what_is_trained,
     finite_or_error,
     load_best,
     load_checkpoint,
+    register_checkpoint_files,
     save_checkpoint,
     save_tensors,
     trained_state,
@@ -34,17 +35,21 @@ from mt_adapters.training.loop_state import (
 
 logger = logging.get_logger(__name__)
 
+# Biases and embeddings that have the shape of a matrix.
+NO_DECAY = ("task_embedding", "position_embeddings", "relative_position_bias_table", "cls_token", "mask_token")
+
 
 def parameter_groups(model: VtaModel, training: TrainingArguments) -> list[dict[str, Any]]:
-    """Weight decay on matrices only; task embeddings, biases and norms are not pulled to zero."""
+    """Weight decay on matrices only; embeddings, biases and norms are not pulled to zero."""
     groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
     adapters = set(model.adapter_parameter_names())
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_backbone = name.startswith("backbone.") and name not in adapters
-            decays = parameter.ndim > 1 and not name.endswith(("task_embedding", "affinity", "embeddings"))
+            decays = parameter.ndim > 1 and not name.endswith(NO_DECAY)
             groups.setdefault((is_backbone, decays), []).append(parameter)
-    backbone_rate = training.backbone_learning_rate or training.learning_rate
+    backbone_rate = training.backbone_learning_rate
+    backbone_rate = training.learning_rate if backbone_rate is None else backbone_rate
     return [
         {
             "params": parameters,
@@ -61,16 +66,18 @@ def train_loader(
     transform = TrainTransform(
         model.tasks,
         (data.image_size, data.image_size),
-        scale=tuple(data.crop_scale),
-        color_jitter=tuple(data.color_jitter),
+        scale=tuple(data.crop_scale),  # type: ignore[arg-type]
+        color_jitter=tuple(data.color_jitter),  # type: ignore[arg-type]
     )
     return DataLoader(
         AugmentedDataset(dataset, transform, training.seed),
         batch_size=training.batch_size,
-        sampler=StepSampler(len(dataset), num_samples, training.seed),
+        sampler=StepSampler(len(dataset), num_samples, training.seed),  # type: ignore[arg-type]
         collate_fn=MultitaskCollator(model.tasks),
         num_workers=data.num_workers,
         drop_last=True,
+        # Its own, so that starting the loader again after a resume draws nothing from the model's randomness.
+        generator=torch.Generator().manual_seed(training.seed),
     )
 
 
@@ -104,8 +111,7 @@ def train(
 
     state = LoopState()
     # The scheduler counts optimiser steps, whatever the number of processes; Accelerate's wrapper would not.
-    accelerator.register_for_checkpointing(state, scheduler)
-    checkpoint_only_what_is_trained(accelerator)
+    register_checkpoint_files(accelerator, state, scheduler)
     if training.resume and load_checkpoint(accelerator, checkpoints):
         logger.warning("resuming after step %d", state.step)
         loader = accelerator.skip_first_batches(loader, state.step * accumulation)
@@ -134,8 +140,7 @@ def train(
         progress.update()
         progress.set_postfix({name: f"{value:.3f}" for name, value in losses.items()})
         accelerator.log(
-            {f"train/{name}": value for name, value in losses.items()}
-            | {"learning_rate": scheduler.get_last_lr()[-1]},
+            {f"train/{name}": value for name, value in losses.items()} | {"learning_rate": scheduler.get_last_lr()[0]},
             step=state.step,
         )
         done = state.step == steps
@@ -159,6 +164,6 @@ def train(
 
 def record(state: LoopState, results: Results, score: float) -> None:
     state.history.append({"step": state.step, "score": score, "results": results})
-    # A NaN score (a metric without any labelled pixel) never counts as better.
-    if state.best_score is None or score > state.best_score:
+    # A NaN score (a metric without any labelled pixel) loses against every number.
+    if state.best_score is None or math.isnan(state.best_score) or score > state.best_score:
         state.best_step, state.best_score = state.step, score

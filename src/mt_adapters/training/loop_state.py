@@ -1,5 +1,6 @@
 """The state of a training run, and checkpoints that are complete or absent."""
 
+import json
 import os
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -10,10 +11,12 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 LAST = "last"
 BEST_FILE = "best.safetensors"
 WEIGHTS_FILE = "trained.safetensors"
+STATE_FILE = "loop_state.json"
 
 
 @dataclass
@@ -61,17 +64,42 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     os.replace(temporary, file)
 
 
-def checkpoint_only_what_is_trained(accelerator: Accelerator) -> None:
-    """Makes Accelerate's checkpoints leave out the frozen backbone, which is most of the model and never changes."""
+def load_trained(model: nn.Module, file: Path) -> None:
+    """
+    Raises:
+        ValueError: if the file does not hold what this model trains.
+    """
+    found, expected = load_file(file), trained_state(model)
+    shapes = {key: tensor.shape for key, tensor in found.items()}
+    wanted = {key: tensor.shape for key, tensor in expected.items()}
+    if shapes != wanted:
+        key = sorted(key for key in shapes.keys() | wanted.keys() if shapes.get(key) != wanted.get(key))[0]
+        raise ValueError(
+            f"{str(file)!r} is of another model: {key!r} has the shape {shapes.get(key)}, expected {wanted.get(key)}. "
+            "Resume with the settings that the run began with, or choose another output_dir"
+        )
+    model.load_state_dict(found, strict=False)
+
+
+def register_checkpoint_files(accelerator: Accelerator, state: LoopState, scheduler: LRScheduler) -> None:
+    """Makes Accelerate's checkpoints hold the loop's state, and of the model only what is trained.
+
+    The frozen backbone is most of the model and never changes.
+    """
 
     def save(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
         if accelerator.is_main_process:
             save_file(trained_state(accelerator.unwrap_model(models[0])), Path(folder) / WEIGHTS_FILE)
+            # As JSON: Accelerate's own way for registered objects unpickles whatever the file holds.
+            states = {"loop": state.state_dict(), "scheduler": scheduler.state_dict()}
+            (Path(folder) / STATE_FILE).write_text(json.dumps(states))
         weights.clear()
 
     def load(models: list[nn.Module], folder: str) -> None:
-        model = accelerator.unwrap_model(models.pop())
-        model.load_state_dict(load_file(Path(folder) / WEIGHTS_FILE), strict=False)
+        load_trained(accelerator.unwrap_model(models.pop()), Path(folder) / WEIGHTS_FILE)
+        states = json.loads((Path(folder) / STATE_FILE).read_text())
+        state.load_state_dict(states["loop"])
+        scheduler.load_state_dict(states["scheduler"])
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
@@ -86,8 +114,9 @@ def save_checkpoint(accelerator: Accelerator, folder: Path) -> None:
     accelerator.save_state(str(new), safe_serialization=True)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        shutil.rmtree(old, ignore_errors=True)
         if (folder / LAST).exists():
+            # Only now: where `last` is missing, `old` is the one complete checkpoint.
+            shutil.rmtree(old, ignore_errors=True)
             os.rename(folder / LAST, old)
         os.rename(new, folder / LAST)
         shutil.rmtree(old, ignore_errors=True)
@@ -106,7 +135,7 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> bool:
 
 
 def load_best(model: nn.Module, folder: Path) -> None:
-    model.load_state_dict(load_file(folder / BEST_FILE, device=str(next(model.parameters()).device)), strict=False)
+    load_trained(model, folder / BEST_FILE)
 
 
 def finite_or_error(losses: dict[str, Tensor], step: int) -> dict[str, float]:

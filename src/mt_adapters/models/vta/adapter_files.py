@@ -65,12 +65,19 @@ def task_file(name: str) -> str:
 
 def split_by_file(model: "VtaModel") -> dict[str, dict[str, Tensor]]:
     """{file: {key: tensor}} of decoders and heads."""
-    files: dict[str, dict[str, Tensor]] = {DECODER_FILE: {}} | {task_file(name): {} for name in model.task_names}
+    files: dict[str, dict[str, Tensor]] = {file: {} for file in (DECODER_FILE, *map(task_file, model.task_names))}
     for part, path in (("decoder", "tasks."), ("heads", "")):
         for key, tensor in getattr(model, part).state_dict().items():
             names = [name for name in model.task_names if key.startswith(f"{path}{name}.")]
             files[task_file(names[0]) if names else DECODER_FILE][f"{part}.{key}"] = tensor.contiguous()
     return files
+
+
+def adapter_weights(model: "VtaModel", name: str) -> dict[str, Tensor]:
+    """{key: tensor} of the adapter, with the keys of peft's files."""
+    # A backbone has no word embeddings; asked for them, peft would look its base model up on the Hub.
+    weights = get_peft_model_state_dict(model.backbone, adapter_name=name, save_embedding_layers=False)
+    return {f"{PEFT_PREFIX}{key}": tensor.contiguous() for key, tensor in weights.items()}
 
 
 def save_adapter_files(model: "VtaModel", folder: Path) -> None:
@@ -79,12 +86,11 @@ def save_adapter_files(model: "VtaModel", folder: Path) -> None:
         raise ValueError(f"this model {why}, so adapter files would not hold what it learned: use save_pretrained")
     folder.mkdir(parents=True, exist_ok=True)
     name = model.backbone.active_adapters()[0]
-    settings = config_to_dict(model.backbone.peft_config[name]) | {"inference_mode": True}
+    peft_config: Any = model.backbone.peft_config[name]
+    settings = config_to_dict(peft_config) | {"inference_mode": True}
     (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     (folder / CONFIG_FILE).write_text(model.config.to_json_string(use_diff=True))
-    weights = get_peft_model_state_dict(model.backbone, adapter_name=name)
-    files = split_by_file(model)
-    files[ADAPTER_FILE] = {f"{PEFT_PREFIX}{key}": tensor.contiguous() for key, tensor in weights.items()}
+    files = split_by_file(model) | {ADAPTER_FILE: adapter_weights(model, name)}
     for file, tensors in files.items():
         if tensors:
             save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -114,8 +120,7 @@ def load_adapter_files(
     # Everything is read and compared before the first tensor changes: a bad file leaves no half-loaded model.
     expected = split_by_file(model)
     name = model.backbone.active_adapters()[0]
-    adapter = get_peft_model_state_dict(model.backbone, adapter_name=name)
-    expected[ADAPTER_FILE] = {f"{PEFT_PREFIX}{key}": tensor for key, tensor in adapter.items()}
+    expected[ADAPTER_FILE] = adapter_weights(model, name)
     weights = {}
     for file, tensors in expected.items():
         if tensors:
@@ -152,6 +157,6 @@ def check_weights(file: Path, found: Mapping[str, Tensor], expected: Mapping[str
     if shapes != wanted:
         key = sorted(key for key in shapes.keys() | wanted.keys() if shapes.get(key) != wanted.get(key))[0]
         raise ValueError(
-            f"{str(file)!r} does not fit the model that its config describes: {key!r} has the shape {shapes.get(key)}, "
-            f"expected {wanted.get(key)}: the files do not belong together"
+            f"{str(file)!r} does not fit the model that its config describes: {key!r} has the shape "
+            f"{shapes.get(key)}, expected {wanted.get(key)}: the files do not belong together"
         )

@@ -1,12 +1,14 @@
 """Configuration of a multitask model: a backbone, an adapter, a decoder and the tasks."""
 
-from typing import Any, Literal
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 from mt_adapters.decoders import get_decoder
 from mt_adapters.tasks import get_tasks
+
+FAN_OUTS = ("sequential", "batched")
 
 
 @strict
@@ -25,7 +27,7 @@ class VtaConfig(PreTrainedConfig):
         backbone_name_or_path: where the backbone's weights came from.
 
     Raises:
-        ValueError: if a task, a task's setting or the decoder is unknown.
+        ValueError: if a task, a task's setting, the decoder or the fan-out is unknown.
     """
 
     model_type = "vta"
@@ -37,7 +39,7 @@ class VtaConfig(PreTrainedConfig):
     decoder: str = "fpn"
     decoder_dim: int = 64
     share_decoder: bool = False
-    fan_out: Literal["sequential", "batched"] = "sequential"
+    fan_out: str = "sequential"
     train_backbone: bool = False
     backbone_name_or_path: str | None = None
 
@@ -49,4 +51,6 @@ class VtaConfig(PreTrainedConfig):
             defaults = {"num_labels": num_labels} if num_labels else {}
             self.tasks = [task.to_dict() for task in get_tasks(self.tasks, **defaults)]
         get_decoder(self.decoder)
+        if self.fan_out not in FAN_OUTS:
+            raise ValueError(f"VtaConfig has fan_out={self.fan_out!r}; allowed are {list(FAN_OUTS)}")
         super().__post_init__(**kwargs)

@@ -36,12 +36,12 @@ class VtaImageProcessorPil(PilBackend):
     tasks: list[dict[str, Any]] | None = None
 
     def __init__(self, **kwargs: Unpack[VtaImageProcessorKwargs]) -> None:
-        super().__init__(**kwargs)
+        super().__init__(**kwargs)  # type: ignore[misc]
 
     def post_process(
         self, outputs: Any, target_sizes: Sequence[tuple[int, int]] | None = None
     ) -> list[dict[str, Tensor]]:
-        """Maps of each image: {task: map} with class ids (H,W), metres (H,W), unit normals (3,H,W), edge probabilities.
+        """Maps of each image: {task: map} of class ids (H,W), metres (H,W), unit normals (3,H,W), probabilities (H,W).
 
         Args:
             outputs: a `MultitaskOutput`, or a dict of logits {task: (B,K,H,W)}.
@@ -63,7 +63,9 @@ class VtaImageProcessorPil(PilBackend):
             raise ValueError(f"target_sizes has {len(target_sizes)} sizes for {num_images} images; give one per image")
         return [
             {
-                name: resized_prediction(tasks[name], logit[index : index + 1], target_sizes and target_sizes[index])
+                name: resized_prediction(
+                    tasks[name], logit[index : index + 1], None if target_sizes is None else target_sizes[index]
+                )
                 for name, logit in logits.items()
             }
             for index in range(num_images)

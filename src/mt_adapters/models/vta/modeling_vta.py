@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from mt_adapters.backbones import Tokens, get_family, load_backbone, readable_weight_errors
+from mt_adapters.backbones import Tokens, check_report, get_family, load_backbone, readable_weight_errors
 from mt_adapters.decoders import get_decoder
 from mt_adapters.models.vta.adapter_files import (
     config_from_dict,
@@ -56,28 +56,29 @@ class VtaModel(PreTrainedModel):
     config_class = VtaConfig
     base_model_prefix = "vta"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = "image"
     _supports_sdpa = True
     _keep_in_fp32_modules_strict = {"affinity"}
 
     def __init__(self, config: VtaConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
-        self.family = get_family(config.backbone_config.model_type)
+        backbone_config: Any = config.backbone_config
+        self.family = get_family(backbone_config.model_type)
         self.tasks: list[Task] = get_tasks(config.tasks or ())
-        self.backbone = AutoModel.from_config(config.backbone_config) if backbone is None else backbone
+        self.backbone = AutoModel.from_config(backbone_config) if backbone is None else backbone
         self.backbone.requires_grad_(config.train_backbone)
         if config.adapter is not None:
             self._inject_adapter(config)
-        blocks = self.family.blocks(config.backbone_config)
+        blocks = self.family.blocks(backbone_config)
         adapted = [isinstance(self.backbone.get_submodule(path), VtaLayer) for path in blocks]
         self.num_blocks = len(blocks)
         # Everything before the first task-conditioned block is the same for all tasks.
         self.first_task_block = adapted.index(True) if True in adapted else len(blocks)
-        self.num_shared_maps = self.family.num_maps_before(config.backbone_config, self.first_task_block)
+        self.num_shared_maps = self.family.num_maps_before(backbone_config, self.first_task_block)
         self.decoder = get_decoder(config.decoder)(
             self.task_names,
-            self.family.map_channels(config.backbone_config),
-            self.family.map_strides(config.backbone_config),
+            self.family.map_channels(backbone_config),
+            self.family.map_strides(backbone_config),
             self.num_shared_maps,
             config.decoder_dim,
             config.share_decoder,
@@ -88,8 +89,10 @@ class VtaModel(PreTrainedModel):
         if not any(parameter.is_meta for parameter in self.parameters()):
             for module in self.modules():
                 # Every module has initialised itself; transformers would overwrite FiLM's zeros with random numbers.
-                module._is_hf_initialized = True
+                module._is_hf_initialized = True  # type: ignore[assignment]
         self.post_init()
+        # A frozen backbone runs in eval mode from the start, also one that was built from a config.
+        self.train()
 
     @classmethod
     def from_backbone(
@@ -124,27 +127,27 @@ class VtaModel(PreTrainedModel):
         return cls(model_config, loaded)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any
+    ) -> Any:
         """Loads a full model that `save_pretrained` or `push_to_hub` wrote; safetensors only.
 
         Raises:
-            ValueError: if a file is missing, truncated or not safetensors, or a weight is missing.
+            ValueError: if a file is missing, truncated or not safetensors, or a weight is missing or of another shape.
         """
         wants_report = kwargs.pop("output_loading_info", False)
-        kwargs["use_safetensors"] = True
+        # Weights of another shape are refused below, with a message that names them.
+        kwargs |= {"use_safetensors": True, "ignore_mismatched_sizes": True}
         with readable_weight_errors(pretrained_model_name_or_path):
-            model, report = super().from_pretrained(
+            loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
-        missing = sorted(report["missing_keys"])
-        if missing:
-            raise ValueError(
-                f"the weights of {str(pretrained_model_name_or_path)!r} lack {len(missing)} tensors of the model that "
-                f"its config describes, the first is {missing[0]!r}: the files do not belong together"
-            )
+        model, report = loaded
+        check_report(pretrained_model_name_or_path, report)
         return (model, report) if wants_report else model
 
     def _inject_adapter(self, config: VtaConfig) -> None:
+        assert config.adapter is not None
         adapter = config_from_dict(config.adapter)
         if isinstance(adapter, VtaAdapterConfig):
             if adapter.tasks not in (None, self.task_names):
@@ -244,13 +247,17 @@ class VtaModel(PreTrainedModel):
             yield task, self._run_task_blocks(alone, torch.full((batch_size,), number, device=device))
 
     def _run_task_blocks(self, tokens: Tokens, task_ids: Tensor) -> tuple[Tensor, ...]:
-        with find_context(self.backbone).condition(task_ids, tokens.grid):
+        context = find_context(self.backbone)
+        assert context is not None
+        with context.condition(task_ids, tokens.grid):
             return self.family.run_blocks(self.backbone, tokens, self.first_task_block, self.num_blocks).feature_maps
 
     def _requested(self, tasks: Sequence[str] | None) -> list[Task]:
+        if isinstance(tasks, str):
+            raise ValueError(f"tasks is the text {tasks!r}; give a list out of {self.task_names}, e.g. [{tasks!r}]")
         unknown = [name for name in tasks or () if name not in self.task_names]
-        if unknown or isinstance(tasks, str):
-            raise ValueError(f"unknown task {(unknown or [tasks])[0]!r}; give a list out of {self.task_names}")
+        if unknown:
+            raise ValueError(f"unknown task {unknown[0]!r}; give a list out of {self.task_names}")
         return self.tasks if tasks is None else [self.tasks[self.task_names.index(name)] for name in tasks]
 
     def _check_inputs(self, pixel_values: Tensor, labels: dict[str, Tensor] | None, requested: list[Task]) -> None:
@@ -319,8 +326,9 @@ class VtaModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        reset_parameters = getattr(module, "reset_parameters", None)
+        if reset_parameters is not None:
+            reset_parameters()
 
 
 def pad_to_patches(pixel_values_B3HW: Tensor, patch_size: tuple[int, int]) -> Tensor:

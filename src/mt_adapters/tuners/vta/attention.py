@@ -11,15 +11,15 @@ from torch.nn import functional as F
 class TaskAttentionBias(nn.Module):
     """Bias (B,L,L) = block diagonal of A' = (1 + g) A + b, with [g, b] = FiLM(e_t) (METHOD section 3).
 
-    A learned matrix `matrix` (L,w) holds, for each token, one value per column of its own grid row, so that the bias is
-    non-zero only between tokens of one row. With `dense` the matrix is (L,L) and biases all pairs [ours].
+    A learned matrix `matrix` (L,w) holds, for each token, one value per column of its own grid row, so that the bias
+    is non-zero only between tokens of one row. With `dense` the matrix is (L,L) and biases all pairs [ours].
 
     Both start at zero: a new bias is exactly zero, and gradients reach b and A first.
     """
 
     def __init__(self, grid: tuple[int, int], embedding_dim: int, dense: bool = False) -> None:
         super().__init__()
-        self.grid = tuple(grid)
+        self.grid = grid
         self.dense = dense
         rows, columns = self.grid
         width = rows * columns if dense else columns
@@ -36,7 +36,7 @@ class TaskAttentionBias(nn.Module):
         """Bias (B,L,L) for the module's own grid, or interpolated to `grid` (rows, columns)."""
         g_B1w, b_B1w = self.film(task_embedding_BE).unsqueeze(1).chunk(2, dim=-1)
         matrix_BLw = (1 + g_B1w) * self.matrix + b_B1w
-        grid = self.grid if grid is None else tuple(grid)
+        grid = self.grid if grid is None else grid
         if self.dense:
             return matrix_BLw if grid == self.grid else resize_dense(matrix_BLw, self.grid, grid)
         rows, columns = self.grid

@@ -33,7 +33,7 @@ class TaskConditioning(nn.Module):
         return self.task_embedding.shape[0]
 
     def weights(self) -> Tensor:
-        """w (T,T), [source, target]: the affinity with columns that sum to 1; an all-zero column counts as identity."""
+        """w (T,T), [source, target]: the affinity with columns that sum to 1; a column of zeros counts as identity."""
         total_T = self.affinity.sum(dim=0, keepdim=True)
         identity = torch.eye(self.num_tasks, device=self.affinity.device)
         return torch.where(total_T > 0, self.affinity / total_T.clamp(min=torch.finfo(torch.float32).tiny), identity)

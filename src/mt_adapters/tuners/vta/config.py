@@ -47,8 +47,8 @@ class VtaAdapterConfig(PeftConfig):
     residual: Literal["stream", "figure"] = field(
         default="stream",
         metadata={
-            "help": "'stream' adds the bottleneck to the block's output and starts as a no-op; 'figure' is wired as in "
-            "the paper's figure, where the adapter replaces the end of the block."
+            "help": "'stream' adds the bottleneck to the block's output and starts as a no-op; 'figure' is wired as "
+            "in the paper's figure, where the adapter replaces the end of the block."
         },
     )
     norm_mode: Literal["slide", "code"] = field(
@@ -78,7 +78,7 @@ class VtaAdapterConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.VTA
+        self.peft_type = PeftType("VTA")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"VtaAdapterConfig has {name}={getattr(self, name)!r}; allowed are {list(allowed)}")

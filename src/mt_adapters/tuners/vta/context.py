@@ -19,6 +19,11 @@ class TaskContext:
     A plain object, reached by all adapted blocks: the parameters it points to belong to the first of them.
     """
 
+    task_ids: Tensor | None
+    grid: tuple[int, int] | None
+    skip_BNC: Tensor | None
+    skip_grid: tuple[int, int] | None
+
     def __init__(self) -> None:
         # Adapter name -> the conditioning that its first adapted block hosts.
         self.conditioning: dict[str, TaskConditioning] = {}
@@ -30,10 +35,7 @@ class TaskContext:
         self.grid = grid
 
     def end(self) -> None:
-        self.task_ids: Tensor | None = None
-        self.grid: tuple[int, int] | None = None
-        self.skip_BNC: Tensor | None = None
-        self.skip_grid: tuple[int, int] | None = None
+        self.task_ids = self.grid = self.skip_BNC = self.skip_grid = None
         self.skip_stage = 0
         self._embeddings: dict[str, Tensor] = {}
 
@@ -75,7 +77,8 @@ def check_task_ids(task_ids: Any, num_tasks: int, batch_size: int) -> Tensor:
     ids = torch.as_tensor(task_ids)
     if ids.shape not in ((batch_size,), (1,)) or ids.is_floating_point():
         raise ValueError(
-            f"task_ids has the shape {tuple(ids.shape)} and type {ids.dtype}; give one integer per image: ({batch_size},)"
+            f"task_ids has the shape {tuple(ids.shape)} and type {ids.dtype}; give one integer per image: "
+            f"({batch_size},)"
         )
     # Reading values would break a compiled graph.
     if not torch.compiler.is_compiling() and not ((ids >= 0) & (ids < num_tasks)).all():
@@ -85,7 +88,5 @@ def check_task_ids(task_ids: Any, num_tasks: int, batch_size: int) -> Tensor:
 
 def find_context(model: nn.Module) -> TaskContext | None:
     """The context of the adapted blocks inside `model`, or None if it has none."""
-    return next(
-        (module.context for module in model.modules() if isinstance(getattr(module, "context", None), TaskContext)),
-        None,
-    )
+    contexts = (getattr(module, "context", None) for module in model.modules())
+    return next((context for context in contexts if isinstance(context, TaskContext)), None)

@@ -69,7 +69,7 @@ class VtaLayer(nn.Module, BaseTunerLayer):
         self.context = context
         self.num_prefix_tokens = family.num_prefix_tokens(backbone_config)
         self.default_grid = family.attention_grid(backbone_config)
-        self.vta_adapter = nn.ModuleDict()
+        self.vta_adapter: Any = nn.ModuleDict()
         # Trained copies of the block itself (train_adapted_blocks).
         self.vta_block = nn.ModuleDict()
         # Task embeddings and affinity, in the first adapted block of an adapter only.
@@ -90,13 +90,13 @@ class VtaLayer(nn.Module, BaseTunerLayer):
         if config.train_adapted_blocks:
             # The copied hooks stay bound to this layer.
             block = self.vta_block[adapter_name] = deepcopy(self.base_layer, {id(self): self})
-        norms = tuple(getattr(block, name) for name in self.family.norms)
-        grid = self.default_grid if config.attention_grid is None else tuple(config.attention_grid)
+        norm1, norm2 = (getattr(block, name) for name in self.family.norms)
+        rows, columns = config.attention_grid or self.default_grid
         # Ours: between stages the skip goes through its own patch merging, which starts as a copy of the frozen one.
-        self.vta_adapter[adapter_name] = BlockAdapter(config, norms, grid, [deepcopy(merging) for merging in mergings])
+        self.vta_adapter[adapter_name] = BlockAdapter(config, (norm1, norm2), (rows, columns), deepcopy(mergings))
         if adapter_name not in self.context.conditioning:
-            self.vta_shared[adapter_name] = TaskConditioning(len(config.tasks or [""]), config.embedding_dim)
-            self.context.conditioning[adapter_name] = self.vta_shared[adapter_name]
+            conditioning = TaskConditioning(len(config.tasks or [""]), config.embedding_dim)
+            self.vta_shared[adapter_name] = self.context.conditioning[adapter_name] = conditioning
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -193,16 +193,17 @@ class VtaLayer(nn.Module, BaseTunerLayer):
             added_BNC = adapter.bottleneck(self._add_skip(adapter, merged_BNC), embedding_bE)
             hidden_BNC = adapter.norm2(added_BNC + normed_BNC, embedding_bE)
         context = self.context
+        assert context.grid is not None
         context.skip_BNC, context.skip_stage = added_BNC, self.stage
         context.skip_grid = self.family.block_grid(args, kwargs, context.grid)
         return (hidden_BNC, *output[1:]) if isinstance(output, tuple) else hidden_BNC
 
     def _add_skip(self, adapter: BlockAdapter, hidden_BNC: Tensor) -> Tensor:
         skip_BNC, grid = self.context.skip_BNC, self.context.skip_grid
-        if skip_BNC is None:
+        if skip_BNC is None or grid is None:
             return hidden_BNC
         for merging in adapter.skip_mergings:
             dtype = next(merging.parameters()).dtype
             skip_BNC = merging(skip_BNC.to(dtype), grid).to(hidden_BNC.dtype)
-            grid = tuple((side + 1) // 2 for side in grid)
+            grid = (grid[0] + 1) // 2, (grid[1] + 1) // 2
         return hidden_BNC + skip_BNC

@@ -80,12 +80,12 @@ class VtaTuner(BaseTuner):
         stage = next((i for i, paths in enumerate(stages) if current_key.endswith(tuple(paths))), None)
         if stage is None:
             raise ValueError(
-                f"target_modules matches {current_key!r}, which is no transformer block; VTA adapts whole blocks, e.g. "
-                f"{family.default_targets(config)}"
+                f"target_modules matches {current_key!r}, which is no transformer block; VTA adapts whole blocks, "
+                f"e.g. {family.default_targets(config)}"
             )
         # Modules come in forward order, so the last layer that has this adapter is the one before this block.
         earlier = [m for m in model.modules() if isinstance(m, VtaLayer) and adapter_name in m.vta_adapter]
-        root = model if current_key in family.blocks(config) else model.base_model
+        root: Any = model if current_key in family.blocks(config) else model.base_model
         mergings = list(family.mergings(root, earlier[-1].stage, stage)) if earlier else []
         layer = target
         if not isinstance(layer, VtaLayer):
@@ -102,16 +102,16 @@ class VtaTuner(BaseTuner):
         # The base class copies `weight` and `bias`, which a block does not have.
         setattr(parent, child_name, new_module)
 
-    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         for module in list(self.model.modules()):
             if isinstance(module, VtaLayer):
                 if merge:
                     module.merge()
                 module.remove_hooks()
-        hook_owner = self.model._vta_task_ids
-        del self.model._vta_task_ids
-        hook_owner.remove()
-        return super()._unload_and_optionally_merge(merge=False, **kwargs)
+        model: Any = self.model
+        model._vta_task_ids.remove()
+        del model._vta_task_ids
+        return super()._unload_and_optionally_merge(False, *args, **kwargs)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -154,7 +154,7 @@ class TaskIdsKeyword:
             handle.remove()
 
 
-def add_task_ids_keyword(model: PreTrainedModel, context: TaskContext) -> None:
+def add_task_ids_keyword(model: Any, context: TaskContext) -> None:
     # Kept on the model, because transformers throws the tuner object away after injection.
     model._vta_task_ids = TaskIdsKeyword(model, context)
 

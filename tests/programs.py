@@ -1,0 +1,122 @@
+"""Runs the example programs on tiny data: in processes that are forked from one that has imported everything."""
+
+import multiprocessing
+import os
+import runpy
+import sys
+import tempfile
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+import torch
+import yaml
+from transformers import AutoModel, SwinConfig
+
+from mt_adapters.data.rooms import SAMPLE_DIR
+
+REPOSITORY = Path(__file__).parents[1]
+EXAMPLES = REPOSITORY / "examples"
+NUM_TRAIN, NUM_VALIDATION = 9, 5
+SIZE = 64
+BACKBONE_CONFIG = {
+    "model_type": "swin",
+    "image_size": SIZE,
+    "patch_size": 4,
+    "embed_dim": 8,
+    "depths": [1, 1, 2, 1],
+    "num_heads": [1, 1, 2, 2],
+    "window_size": 2,
+    "mlp_ratio": 2.0,
+    "drop_path_rate": 0.0,
+}
+RECIPE: dict[str, Any] = {
+    "adapter_settings": {"embedding_dim": 8},
+    "decoder_dim": 8,
+    "image_size": SIZE,
+    "batch_size": 2,
+    "num_workers": 0,
+    "trackers": ["none"],
+}
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    ["mt_adapters", "datasets", "mt_adapters.training.loop", "mt_adapters.hub.card", "mt_adapters.visualize"]
+)
+
+
+def start_program(name: str, *arguments: object, log: Path, **environment: str) -> BaseProcess:
+    """Starts examples/NAME as if from a shell; what it prints goes to `log`."""
+    argv = [str(EXAMPLES / name), *map(str, arguments)]
+    process = _CONTEXT.Process(target=_run, args=(argv, str(log), environment))
+    process.start()
+    return process
+
+
+def run_program(name: str, *arguments: object) -> str:
+    """Runs examples/NAME to its end and returns what it printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        process = start_program(name, *arguments, log=log)
+        process.join()
+        printed = log.read_text()
+    assert process.exitcode == 0, printed
+    return printed
+
+
+def _run(argv: list[str], log: str, environment: dict[str, str]) -> None:
+    with open(log, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+def write_recipe(folder: Path, **settings: Any) -> Path:
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+@pytest.fixture(scope="session")
+def rooms_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first frames of the shipped sample; an odd number for validation."""
+    folder = tmp_path_factory.mktemp("rooms")
+    for split, count in (("train", NUM_TRAIN), ("validation", NUM_VALIDATION)):
+        table = pyarrow.parquet.read_table(SAMPLE_DIR / f"{split}.parquet").slice(0, count)
+        pyarrow.parquet.write_table(table, folder / f"{split}.parquet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A "pretrained" backbone."""
+    folder = tmp_path_factory.mktemp("backbone")
+    torch.manual_seed(0)
+    AutoModel.from_config(SwinConfig(**BACKBONE_CONFIG)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory, rooms_folder: Path, backbone_folder: Path) -> Path:
+    """Tiny settings for a frozen backbone; tests add their own on the command line."""
+    return write_recipe(
+        tmp_path_factory.mktemp("recipe"), **RECIPE, backbone=str(backbone_folder), data_dir=str(rooms_folder)
+    )
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
+    """What examples/train_multitask.py wrote in a short training."""
+    output = tmp_path_factory.mktemp("trained")
+    printed = run_program(
+        "train_multitask.py",
+        *("--recipe", recipe, "--output_dir", output, "--max_steps", 4, "--eval_steps", 2, "--checkpoint_steps", 2),
+        *("--trackers", "tensorboard"),
+    )
+    (output / "printed.txt").write_text(printed)
+    return output

@@ -1,0 +1,52 @@
+"""The numbers in README.md are those of the results files under model_cards/."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mt_adapters.hub.card import metrics_table, model_card
+
+REPOSITORY = Path(__file__).parents[1]
+CARDS = REPOSITORY / "model_cards"
+ROOMS = CARDS / "rooms_dinov2_small"
+
+
+def read(file: Path) -> dict:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def test_readme_shows_the_results_files_table_and_commands():
+    model, probe = read(ROOMS / "metrics.json"), read(ROOMS / "metrics_linear_probe.json")
+    columns = {
+        "adapters + fpn": model["results"],
+        "linear probe": probe["results"],
+        "input-blind": model["input_blind"],
+    }
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert metrics_table(columns, model["tasks"]) in readme
+    assert model["command"] in readme
+    assert probe["command"] in readme
+
+
+def test_model_and_linear_probe_were_trained_alike():
+    model, probe = (read(ROOMS / name)["arguments"] for name in ("metrics.json", "metrics_linear_probe.json"))
+    different = {key for key in model if model[key] != probe[key]}
+    assert different == {"adapter", "decoder"}
+
+
+def test_the_model_is_better_than_its_linear_probe_and_the_input_blind_predictor_on_every_task():
+    record = read(ROOMS / "metrics.json")
+    for other in (read(ROOMS / "metrics_linear_probe.json")["results"], record["input_blind"]):
+        results = record["results"]
+        assert results["semseg"]["miou"] > other["semseg"]["miou"]
+        assert results["depth"]["rmse"] < other["depth"]["rmse"]
+        assert results["normals"]["mean_angle"] < other["normals"]["mean_angle"]
+        assert results["edges"]["f"] > other["edges"]["f"]
+
+
+@pytest.mark.parametrize(
+    "folder", sorted(path.parent for path in CARDS.glob("*/metrics.json")), ids=lambda path: path.name
+)
+def test_a_card_is_what_its_results_file_gives(folder: Path):
+    assert (folder / "README.md").read_text(encoding="utf-8") == model_card(read(folder / "metrics.json"))

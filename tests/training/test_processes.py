@@ -1,0 +1,96 @@
+"""Two processes on this machine's CPU: the programs train and evaluate as one process does."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mt_adapters import VtaModel
+from programs import BACKBONE_CONFIG, EXAMPLES, NUM_VALIDATION, RECIPE, run_program, start_program, write_recipe
+
+
+def free_port() -> str:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return str(sock.getsockname()[1])
+
+
+def run_two(folder: Path, name: str, *arguments: object) -> list[str]:
+    """Runs a program in two processes that are told of each other as torchrun tells them; what each printed."""
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    logs = [folder / f"process_{rank}.txt" for rank in range(2)]
+    processes = [
+        start_program(name, *arguments, log=log, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
+        for rank, log in enumerate(logs)
+    ]
+    for process in processes:
+        process.join()
+    printed = [log.read_text() for log in logs]
+    assert [process.exitcode for process in processes] == [0, 0], printed
+    return printed
+
+
+@pytest.mark.slow
+def test_torchrun_trains_a_whole_model_in_two_processes_and_writes_everything_once(
+    tmp_path: Path, rooms_folder: Path
+) -> None:
+    settings = {"backbone_config": BACKBONE_CONFIG, "train_backbone": True, "data_dir": str(rooms_folder)}
+    recipe = write_recipe(tmp_path, **RECIPE | settings | {"trackers": ["tensorboard"]})
+    output = tmp_path / "output"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    program = [str(EXAMPLES / "train_multitask.py"), "--recipe", str(recipe), "--output_dir", str(output)]
+    done = subprocess.run(
+        [*launch, *program, "--max_steps", "3", "--checkpoint_steps", "2"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("Everything is in") == 1
+    assert done.stdout.count("| part | parameters | trained |") == 1
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert (metrics["device"], metrics["steps"]) == ("2 process(es), cpu", 3)
+    assert len(metrics["history"]) == 1
+    assert len(list(output.glob("logs/mt_adapters/events*"))) == 1
+    VtaModel.from_pretrained(output)
+
+
+@pytest.mark.slow
+def test_two_processes_with_batches_of_one_train_like_one_with_batches_of_two(tmp_path: Path, recipe: Path) -> None:
+    # Normals are labelled at every pixel, so that the mean of the processes' losses is that of the whole batch.
+    options = ("--recipe", recipe, "--tasks", "normals", "--max_steps", 3, "--warmup_ratio", 0)
+    run_program("train_multitask.py", *options, "--output_dir", tmp_path / "one", "--batch_size", 2)
+    run_two(tmp_path, "train_multitask.py", *options, "--output_dir", tmp_path / "two", "--batch_size", 1)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    difference = torch.cat([(one[name] - two[name]).flatten() for name in one])
+    assert (difference.abs() > 1e-4).float().mean() < 0.01
+    results = [
+        json.loads((tmp_path / name / "metrics.json").read_text())["results"]["normals"]["mean_angle"]
+        for name in ("one", "two")
+    ]
+    assert results[0] == pytest.approx(results[1], abs=0.01)
+
+
+def test_two_processes_with_uneven_shares_evaluate_to_the_same_digits_as_one(
+    tmp_path: Path, trained: Path, rooms_folder: Path
+) -> None:
+    assert NUM_VALIDATION % 2 == 1
+    results = []
+    for name in ("one", "two"):
+        output = tmp_path / f"{name}.json"
+        options = (trained, "--data_dir", rooms_folder, "--batch_size", 1, "--num_workers", 0, "--output", output)
+        if name == "one":
+            run_program("evaluate.py", *options)
+        else:
+            printed = run_two(tmp_path, "evaluate.py", *options)
+            assert ["validation images" in text for text in printed] == [True, False]
+        results.append(json.loads(output.read_text()))
+    assert results[0] == results[1]
