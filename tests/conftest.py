@@ -23,7 +23,10 @@ os.environ.update(
     HF_HOME=tempfile.mkdtemp(prefix="mt_adapters_tests_"),
     TOKENIZERS_PARALLELISM="false",
     MPLBACKEND="Agg",
+    # Tiny models spend their time in waking threads; this is for the programs that tests start.
+    OMP_NUM_THREADS="1",
 )
+torch.set_num_threads(1)
 
 pytest_plugins = ["programs"]
 

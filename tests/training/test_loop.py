@@ -243,3 +243,20 @@ def test_the_learning_rate_rises_in_the_warm_up_and_ends_at_zero(tmp_path: Path)
     assert last["base_lrs"] == [0.1, 0.1]
     assert last["_last_lr"] == [0.0, 0.0]
     assert last["last_epoch"] == 4
+
+
+def test_a_new_run_leaves_nothing_of_an_earlier_one_to_go_on_from(tmp_path: Path) -> None:
+    run(make_model("swin"), tmp_path)
+    assert (tmp_path / "checkpoints" / "last").is_dir()
+    with pytest.raises(ValueError, match="not finite in step 1"):
+        run(make_model("swin"), tmp_path, train_set=Blank())
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+class Blank(Made):
+    """Images whose depth of 1e38 m makes the first loss infinite."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = super().__getitem__(index)
+        sample["labels"]["depth"] = torch.full_like(sample["labels"]["depth"], 1e38)
+        return sample

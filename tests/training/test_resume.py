@@ -65,6 +65,7 @@ def random_recipe(tmp_path_factory: pytest.TempPathFactory, rooms_folder: Path) 
     settings = {
         "backbone_config": BACKBONE_CONFIG | {"drop_path_rate": 0.5},
         "train_backbone": True,
+        "tasks": ["semseg", "depth"],
         "gradient_accumulation_steps": 2,
         "batch_size": 1,
         "num_workers": 1,

@@ -5,6 +5,7 @@ killed and resumed ends with the same weights as one that was not.
 """
 
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,10 @@ def train(
         ValueError: if a loss becomes NaN or infinite.
     """
     checkpoints = Path(training.output_dir) / "checkpoints"
+    if not training.resume and accelerator.is_main_process:
+        # An earlier run in this folder must not be what a later --resume goes on from.
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    accelerator.wait_for_everyone()
     checkpoints.mkdir(parents=True, exist_ok=True)
     steps, accumulation = training.max_steps, training.gradient_accumulation_steps
     num_samples = steps * accumulation * training.batch_size * accelerator.num_processes

@@ -194,7 +194,6 @@ class VtaModel(PreTrainedModel):
         pixel_values: Tensor,
         labels: dict[str, Tensor] | None = None,
         tasks: Sequence[str] | None = None,
-        **kwargs: Any,
     ) -> MultitaskOutput:
         """
         Args:
@@ -210,6 +209,7 @@ class VtaModel(PreTrainedModel):
         height, width = pixel_values.shape[-2:]
         padded = pad_to_patches(pixel_values, self.family.patch_size(self.config.backbone_config))
 
+        # Of a frozen backbone nothing here asks for a gradient, so that autograd keeps nothing either.
         shared = self.family.run_blocks(
             self.backbone, self.family.stem(self.backbone, padded), 0, self.first_task_block
         )

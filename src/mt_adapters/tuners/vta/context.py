@@ -36,7 +36,6 @@ class TaskContext:
 
     def end(self) -> None:
         self.task_ids = self.grid = self.skip_BNC = self.skip_grid = None
-        self.skip_stage = 0
         self._embeddings: dict[str, Tensor] = {}
 
     @contextmanager

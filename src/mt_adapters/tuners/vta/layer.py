@@ -194,7 +194,7 @@ class VtaLayer(nn.Module, BaseTunerLayer):
             hidden_BNC = adapter.norm2(added_BNC + normed_BNC, embedding_bE)
         context = self.context
         assert context.grid is not None
-        context.skip_BNC, context.skip_stage = added_BNC, self.stage
+        context.skip_BNC = added_BNC
         context.skip_grid = self.family.block_grid(args, kwargs, context.grid)
         return (hidden_BNC, *output[1:]) if isinstance(output, tuple) else hidden_BNC
 
