@@ -29,6 +29,15 @@ def test_readme_shows_the_results_files_table_and_commands():
     assert probe["command"] in readme
 
 
+def test_readme_shows_the_figures_of_the_cost_file():
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    for row in read(CARDS / "cost_swin_tiny.json")["rows"]:
+        assert (
+            f"| {row['model']} | {row['total']:.2f} | {row['forward_cpu']:.3f} | {row['forward_ratio']:.2f} "
+            f"| {row['step_cpu']:.3f} | {row['step_ratio']:.2f} | {row['step_memory']} |"
+        ) in readme
+
+
 def test_model_and_linear_probe_were_trained_alike():
     model, probe = (read(ROOMS / name)["arguments"] for name in ("metrics.json", "metrics_linear_probe.json"))
     different = {key for key in model if model[key] != probe[key]}
