@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from mt_adapters.hub.card import metrics_table, model_card
+from mt_adapters.metrics import delta_m
 
 REPOSITORY = Path(__file__).parents[1]
 CARDS = REPOSITORY / "model_cards"
@@ -25,6 +26,7 @@ def test_readme_shows_the_results_files_table_and_commands():
     }
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert metrics_table(columns, model["tasks"]) in readme
+    assert f"{delta_m(model['results'], probe['results'], model['tasks']):.1f} %" in readme
     assert model["command"] in readme
     assert probe["command"] in readme
 
