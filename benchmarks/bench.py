@@ -39,6 +39,7 @@ from torch.nn import functional as F
 from transformers import SwinConfig
 
 from mt_adapters import VtaModel
+from mt_adapters.troa import average_weights
 from mt_adapters.tuners.vta import find_context
 
 TASKS: list[str | dict[str, Any]] = [
@@ -119,7 +120,8 @@ def randomize_adapters(model: VtaModel) -> None:
         model.get_parameter(name).normal_(std=0.1)
     context = find_context(model.backbone)
     for conditioning in context.conditioning.values() if context else ():
-        conditioning.affinity.uniform_(0.1, 1.0)
+        affinity_TT = torch.empty_like(conditioning.affinity).uniform_(0.1, 1.0)
+        conditioning.set_affinity(affinity_TT, average_weights(affinity_TT))
 
 
 def make_batch(setup: Setup) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -35,7 +35,7 @@ from transformers import AutoConfig
 from mt_adapters import VtaAdapterConfig, VtaImageProcessorPil, VtaModel
 from mt_adapters.data import get_dataset
 from mt_adapters.hub.card import metrics_table, model_card, parameter_table
-from mt_adapters.training.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from mt_adapters.training.arguments import Arguments, ModelArguments, parse_arguments
 from mt_adapters.training.evaluation import Results, input_blind_results
 from mt_adapters.training.loop import train
 from mt_adapters.training.loop_state import LoopState
@@ -78,16 +78,16 @@ def run_record(
     model: VtaModel,
     state: LoopState,
     baseline: Results,
-    arguments: tuple[ModelArguments, DataArguments, TrainingArguments],
+    arguments: Arguments,
     num_images: int,
     accelerator: Accelerator,
 ) -> dict:
     """What metrics.json holds: the results, and all that is needed to get them again."""
-    model_arguments, data, training = arguments
+    model_arguments, data, training, multitask = arguments
     best = next(entry for entry in state.history if entry["step"] == state.best_step)
     settings = {
         name: without_folders(value) if isinstance(value, str) else value
-        for name, value in (asdict(model_arguments) | asdict(data) | asdict(training)).items()
+        for name, value in (asdict(model_arguments) | asdict(data) | asdict(training) | asdict(multitask)).items()
         if name not in ("output_dir", "resume")
     }
     backbone = model_arguments.backbone
@@ -100,7 +100,7 @@ def run_record(
         "evaluation": f"{num_images} validation images of {data.dataset} at {side} x {side} pixels",
         "base_model": None if backbone is None or Path(backbone).is_dir() else backbone,
         "parameters": model.parameter_report(),
-        "affinity": model.affinity.tolist() if model.config.adapter and model_arguments.adapter == "vta" else None,
+        "affinity": model.affinity.tolist() if model.has_affinity else None,
         "steps": state.step,
         "best_step": state.best_step,
         "history": state.history,
@@ -113,7 +113,7 @@ def run_record(
 
 
 def main() -> None:
-    arguments = model_arguments, data, training = parse_arguments(default_recipe=DEMO)
+    arguments = model_arguments, data, training, multitask = parse_arguments(default_recipe=DEMO)
     output = Path(training.output_dir)
     accelerator = Accelerator(
         # Said aloud, so that several processes on CPUs find each other.
@@ -134,7 +134,7 @@ def main() -> None:
     baseline = input_blind_results(train_set, validation_set, model.tasks, side, data.num_workers)
     accelerator.init_trackers("mt_adapters", config={"max_steps": training.max_steps, "seed": training.seed})
 
-    state = train(model, train_set, validation_set, data, training, accelerator, baseline)
+    state = train(model, train_set, validation_set, data, training, accelerator, baseline, multitask)
 
     if accelerator.is_main_process:
         record = run_record(model, state, baseline, arguments, len(validation_set), accelerator)

@@ -39,6 +39,7 @@ RECIPE: dict[str, Any] = {
     "batch_size": 2,
     "num_workers": 0,
     "trackers": ["none"],
+    "affinity_interval": 2,
 }
 
 _CONTEXT = multiprocessing.get_context("forkserver")

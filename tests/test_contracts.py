@@ -99,7 +99,7 @@ def test_the_fan_out_equals_one_full_pass_per_task(family, fan_out):
         images = make_images(size)
         shared = seam.run_blocks(model.backbone, seam.stem(model.backbone, images), 0, model.first_task_block)
         seen = []
-        for number, (task, maps) in enumerate(model._fan_out(shared, model.tasks)):
+        for number, (task, maps) in enumerate(model._task_maps(shared, model.tasks)):
             assert task.name == TASKS[number]
             tokens = tokens_of(model.backbone, images, [number])
             grid = maps[-1].shape[-2:]

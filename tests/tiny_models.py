@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from mt_adapters import VtaModel
+from mt_adapters.troa import average_weights
 from mt_adapters.tuners.vta import find_context
 
 ALL_TASKS = ("semseg", "depth", "normals", "edges")
@@ -98,7 +99,8 @@ def randomize(model: nn.Module, std: float = 0.3) -> Any:
                 parameter.normal_(std=std)
         context = find_context(model)
         for conditioning in context.conditioning.values() if context else ():
-            conditioning.affinity.uniform_(0.1, 1.0)
+            affinity_TT = torch.empty_like(conditioning.affinity).uniform_(0.1, 1.0)
+            conditioning.set_affinity(affinity_TT, average_weights(affinity_TT))
     return model
 
 

@@ -172,7 +172,7 @@ def test_permuted_tasks_with_permuted_embeddings_and_affinities_give_the_same_fe
         before = [model.backbone(images, task_ids=torch.full((2,), t)).last_hidden_state for t in (0, 1)]
         conditioning = find_context(model).conditioning["default"]
         conditioning.task_embedding.copy_(conditioning.task_embedding.flip(0))
-        conditioning.affinity.copy_(conditioning.affinity.flip(0, 1))
+        conditioning.set_affinity(conditioning.affinity.flip(0, 1), conditioning.mixing_weights.flip(0, 1))
         after = [model.backbone(images, task_ids=torch.full((2,), t)).last_hidden_state for t in (1, 0)]
     for left, right in zip(before, after, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)

@@ -16,7 +16,7 @@ def write(folder: Path, text: str) -> Path:
 
 def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_defaults(tmp_path: Path) -> None:
     file = write(tmp_path, "batch_size: 3\nmax_steps: 7\ntasks: [depth]\nadapter: none\nresume: true\n")
-    model, data, training = parse_arguments(argv=["--recipe", str(file), "--max_steps", "9", "--tasks", "edges"])
+    model, data, training, _ = parse_arguments(argv=["--recipe", str(file), "--max_steps", "9", "--tasks", "edges"])
     assert (training.batch_size, training.max_steps, training.resume) == (3, 9, True)
     assert (model.tasks, model.adapter, data.image_size) == (["edges"], "none", 128)
 
@@ -31,7 +31,7 @@ def test_a_recipe_that_is_named_replaces_the_default_recipe(tmp_path: Path) -> N
 
 
 def test_without_recipe_and_arguments_the_defaults_hold() -> None:
-    model, _, training = parse_arguments(argv=[])
+    model, _, training, _ = parse_arguments(argv=[])
     assert (model.tasks, model.backbone, training.max_steps) == (DEFAULT_TASKS, None, 1000)
 
 
@@ -43,7 +43,7 @@ def test_a_resume_on_the_command_line_needs_no_value() -> None:
 @pytest.mark.parametrize("text", ["1e-3", "1.0e-3", "1E-3", "0.001", ".001", "+1.e-3"])
 def test_every_way_to_write_a_number_is_a_number(tmp_path: Path, text: str) -> None:
     file = write(tmp_path, f"learning_rate: {text}\ncrop_scale: [{text}, 1]\ntasks: [{{name: depth, weight: {text}}}]")
-    model, data, training = parse_arguments(file, argv=[])
+    model, data, training, _ = parse_arguments(file, argv=[])
     assert training.learning_rate == 1e-3
     assert data.crop_scale == [1e-3, 1]
     assert model.tasks == [{"name": "depth", "weight": 1e-3}]
@@ -63,7 +63,7 @@ def test_lists_and_dicts_of_a_recipe_arrive_as_they_are(tmp_path: Path) -> None:
         "trackers": ["none"],
         "backbone": None,
     }
-    model, data, training = parse_arguments(write(tmp_path, yaml.safe_dump(settings)), argv=[])
+    model, data, training, _ = parse_arguments(write(tmp_path, yaml.safe_dump(settings)), argv=[])
     found = vars(model) | vars(data) | vars(training)
     assert {name: found[name] for name in settings} == settings
 
@@ -139,7 +139,7 @@ def test_the_recipes_are_found() -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_of_the_examples_is_read(recipe: Path) -> None:
-    model, _, training = parse_arguments(recipe, argv=[])
+    model, _, training, _ = parse_arguments(recipe, argv=[])
     assert (model.backbone is None) != (model.backbone_config is None)
     assert training.output_dir.startswith("outputs/")
     assert set(yaml.safe_load(recipe.read_text())) <= set(read_recipe(recipe))

@@ -67,6 +67,7 @@ def test_torchrun_trains_a_whole_model_in_two_processes_and_writes_everything_on
 def test_two_processes_with_batches_of_one_train_like_one_with_batches_of_two(tmp_path: Path, recipe: Path) -> None:
     # Normals are labelled at every pixel, so that the mean of the processes' losses is that of the whole batch.
     options = ("--recipe", recipe, "--tasks", "normals", "--max_steps", 3, "--warmup_ratio", 0)
+    options = (*options, "--affinity_similarity", "cosine")
     run_program("train_multitask.py", *options, "--output_dir", tmp_path / "one", "--batch_size", 2)
     run_two(tmp_path, "train_multitask.py", *options, "--output_dir", tmp_path / "two", "--batch_size", 1)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))

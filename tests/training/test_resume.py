@@ -68,6 +68,7 @@ def random_recipe(tmp_path_factory: pytest.TempPathFactory, rooms_folder: Path) 
         "tasks": ["semseg", "depth"],
         "gradient_accumulation_steps": 2,
         "batch_size": 1,
+        "balancing": "uncertainty",
         "num_workers": 1,
         "data_dir": str(rooms_folder),
     }
@@ -158,7 +159,7 @@ class Run:
         self.scheduler = LambdaLR(optimizer, lambda step: 1 / (1 + step))
         self.state = LoopState()
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
-        register_checkpoint_files(self.accelerator, self.state, self.scheduler)
+        register_checkpoint_files(self.accelerator, self.state, self.scheduler, torch.nn.ModuleDict())
 
     def step(self) -> None:
         self.optimizer.zero_grad()

@@ -12,6 +12,7 @@ from transformers import SwinConfig
 from transformers.models.swin.modeling_swin import SwinAttention
 
 from mt_adapters.backbones import get_family
+from mt_adapters.troa import average_weights
 from mt_adapters.tuners.vta.attention import TaskAttentionBias
 from mt_adapters.tuners.vta.bottleneck import TaskBottleneck
 from mt_adapters.tuners.vta.conditioning import TaskConditioning
@@ -295,12 +296,12 @@ AFFINITY = [[0.9, 0.5, 0.0], [0.3, 0.5, 0.0], [0.6, 0.0, 0.0]]
 
 def conditioning_with(affinity: list[list[float]]) -> TaskConditioning:
     conditioning = TaskConditioning(num_tasks=len(affinity), embedding_dim=4)
-    conditioning.affinity.copy_(torch.tensor(affinity))
+    conditioning.set_affinity(torch.tensor(affinity), average_weights(torch.tensor(affinity)))
     return conditioning
 
 
 def test_weights_average_over_sources_and_a_column_of_zeros_counts_as_identity():
-    weights = conditioning_with(AFFINITY).weights()
+    weights = conditioning_with(AFFINITY).mixing_weights
     expected = torch.tensor([[0.5, 0.5, 0.0], [1 / 6, 0.5, 0.0], [1 / 3, 0.0, 1.0]])
     torch.testing.assert_close(weights, expected)
     torch.testing.assert_close(weights.sum(dim=0), torch.ones(3))
@@ -341,12 +342,14 @@ def test_a_fresh_affinity_is_the_identity_and_has_no_gradient():
 def test_the_affinity_stays_float32_and_exact_under_casts(cast):
     exact = torch.rand(3, 3)
     conditioning = conditioning_with(exact.tolist())
-    before = conditioning.affinity.clone()
+    before = {name: buffer.clone() for name, buffer in conditioning.named_buffers()}
     cast(conditioning)
     assert conditioning.task_embedding.dtype != torch.float32
-    assert conditioning.affinity.dtype == torch.float32
-    assert torch.equal(conditioning.affinity, before)
-    assert dict(conditioning.named_buffers())["affinity"] is conditioning.affinity
+    assert set(before) == {"affinity", "mixing_weights"}
+    for name, buffer in conditioning.named_buffers():
+        assert buffer.dtype == torch.float32
+        assert torch.equal(buffer, before[name])
+        assert buffer is getattr(conditioning, name)
     assert conditioning(torch.tensor([1])).dtype == conditioning.task_embedding.dtype
 
 

@@ -68,6 +68,10 @@ class Task(ABC):
     def label_shape(self, batch_size: int, height: int, width: int) -> tuple[int, ...]:
         return (batch_size, height, width)
 
+    @abstractmethod
+    def labelled(self, label: Tensor) -> Tensor:
+        """Where a label of a batch is one: (B,H,W) bool."""
+
     def no_label(self, height: int, width: int) -> Tensor:
         """A label map (one image) that says "not labelled" at every pixel."""
         return torch.full(self.label_shape(1, height, width)[1:], self.unlabelled)

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mt_adapters.losses import DEPTH_LOSSES
+from mt_adapters.losses import DEPTH_LOSSES, labelled_depth
 from mt_adapters.tasks.base import Task, ramp
 
 # Near is light, far is dark.
@@ -38,11 +38,14 @@ class DepthTask(Task):
     def loss(self, logits_BKHW: Tensor, label: Tensor) -> Tensor:
         return DEPTH_LOSSES[self.loss_type](logits_BKHW.squeeze(1), label)
 
+    def labelled(self, label: Tensor) -> Tensor:
+        return labelled_depth(label)
+
     def predict(self, logits_BKHW: Tensor) -> Tensor:
         return logits_BKHW.squeeze(1).float().clamp(min=1e-3)
 
     def colorize(self, map_: Tensor, like: Tensor | None = None) -> Tensor:
-        labelled = map_ > 0
+        labelled = self.labelled(map_)
         span = map_ if like is None else like
         span = span[span > 0]
         low, high = (span.min(), span.max()) if span.numel() else (map_.new_zeros(()), map_.new_ones(()))

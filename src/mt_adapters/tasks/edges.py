@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mt_adapters.losses import EDGE_LOSSES
+from mt_adapters.losses import EDGE_LOSSES, labelled_edges
 from mt_adapters.tasks.base import Task, ramp
 
 COLORS = ((0, 0, 0), (255, 255, 255))
@@ -37,6 +37,9 @@ class EdgesTask(Task):
     def loss(self, logits_BKHW: Tensor, label: Tensor) -> Tensor:
         logits = logits_BKHW.squeeze(1)
         return EDGE_LOSSES[self.loss_type](logits if self.loss_type == "balanced_bce" else logits.sigmoid(), label)
+
+    def labelled(self, label: Tensor) -> Tensor:
+        return labelled_edges(label)
 
     def predict(self, logits_BKHW: Tensor) -> Tensor:
         return logits_BKHW.squeeze(1).float().sigmoid()

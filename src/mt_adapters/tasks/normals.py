@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mt_adapters.losses import cosine_distance
+from mt_adapters.losses import cosine_distance, labelled_normals
 from mt_adapters.tasks.base import Task
 
 
@@ -31,6 +31,9 @@ class NormalsTask(Task):
 
     def loss(self, logits_BKHW: Tensor, label: Tensor) -> Tensor:
         return cosine_distance(logits_BKHW, label)
+
+    def labelled(self, label: Tensor) -> Tensor:
+        return labelled_normals(label)
 
     def predict(self, logits_BKHW: Tensor) -> Tensor:
         return F.normalize(logits_BKHW.float(), dim=1)

@@ -36,6 +36,9 @@ class SemsegTask(Task):
     def loss(self, logits_BKHW: Tensor, label: Tensor) -> Tensor:
         return cross_entropy(logits_BKHW, label, ignore_index=IGNORE_INDEX)
 
+    def labelled(self, label: Tensor) -> Tensor:
+        return label != IGNORE_INDEX
+
     def predict(self, logits_BKHW: Tensor) -> Tensor:
         return logits_BKHW.argmax(dim=1)
 

@@ -96,8 +96,45 @@ class TrainingArguments:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
-Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
-SECTIONS = (ModelArguments, DataArguments, TrainingArguments)
+@dataclass
+class MultitaskArguments:
+    """How the tasks act on each other: affinities (TROA) and the balance of their losses."""
+
+    affinity_similarity: Literal["cosine", "split", "lookahead", "fisher", "spatial"] = field(
+        default="fisher", metadata={"help": "What of the tasks' gradients is compared."}
+    )
+    affinity_weighting: Literal["average", "mirror", "identity", "uniform", "common"] = field(
+        default="average", metadata={"help": "How affinities mix the task embeddings; the last three are controls."}
+    )
+    affinity_interval: int = field(
+        default=10, metadata={"help": "Learn affinities every so many steps; 0 keeps them as they are."}
+    )
+    affinity_momentum: float = field(default=0.9, metadata={"help": "Momentum of the running mean of similarities."})
+    affinity_parameters: Literal["all", "first_block"] = field(
+        default="all", metadata={"help": "Gradients of the shared parameters of all adapted blocks, or of the first."}
+    )
+    mirror_rate: float = field(default=0.3, metadata={"help": "Step size eta of affinity_weighting=mirror."})
+    mirror_entropy: float = field(
+        default=0.3, metadata={"help": "Entropy lambda of affinity_weighting=mirror; 0 is TAWT."}
+    )
+    balancing: str = field(
+        default="fixed",
+        metadata={
+            "help": "Weights of the losses: fixed, uncertainty, dwa, random; or by gradients, with torchjd: "
+            "aligned_mtl, cagrad, config, dualproj, graddrop, imtl_g, mgda, pcgrad, upgrad."
+        },
+    )
+    balancing_settings: dict = field(
+        default_factory=dict, metadata={"help": "Keyword arguments of the balancing (recipes only)."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.affinity_interval < 0:
+            raise ValueError(f"affinity_interval is {self.affinity_interval}; it must be at least 0 (0: off)")
+
+
+Arguments = tuple[ModelArguments, DataArguments, TrainingArguments, MultitaskArguments]
+SECTIONS = (ModelArguments, DataArguments, TrainingArguments, MultitaskArguments)
 
 
 def parse_arguments(default_recipe: Path | None = None, argv: Sequence[str] | None = None) -> Arguments:
@@ -112,8 +149,8 @@ def parse_arguments(default_recipe: Path | None = None, argv: Sequence[str] | No
     recipe = parser.parse_known_args(argv)[0].recipe
     if recipe is not None:
         parser.set_defaults(**read_recipe(recipe))
-    model, data, training, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    return model, data, training
+    model, data, training, multitask, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    return model, data, training, multitask
 
 
 class RecipeLoader(yaml.SafeLoader):

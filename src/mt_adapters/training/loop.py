@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from mt_adapters.data import AugmentedDataset, MultitaskCollator, StepSampler, TrainTransform
 from mt_adapters.models.vta.modeling_vta import VtaModel
-from mt_adapters.training.arguments import DataArguments, TrainingArguments
+from mt_adapters.training.arguments import DataArguments, MultitaskArguments, TrainingArguments
 from mt_adapters.training.evaluation import Results, eval_loader, evaluate, mean_gain
 from mt_adapters.training.loop_state import (
     BEST_FILE,
@@ -33,6 +33,7 @@ from mt_adapters.training.loop_state import (
     save_tensors,
     trained_state,
 )
+from mt_adapters.training.step import MultitaskStep
 
 logger = logging.get_logger(__name__)
 
@@ -90,33 +91,47 @@ def train(
     training: TrainingArguments,
     accelerator: Accelerator,
     baseline: Results,
+    multitask: MultitaskArguments | None = None,
 ) -> LoopState:
     """Trains the model in place and leaves it with the weights of its best evaluation.
 
     Args:
         baseline: results that the score of an evaluation is measured against (the input-blind predictor's).
+        multitask: how the tasks act on each other.
 
     Raises:
-        ValueError: if a loss becomes NaN or infinite.
+        ValueError: if a setting does not fit, or a loss becomes NaN or infinite.
     """
+    multitask = multitask or MultitaskArguments()
+    steps, accumulation = training.max_steps, training.gradient_accumulation_steps
     checkpoints = Path(training.output_dir) / "checkpoints"
     if not training.resume and accelerator.is_main_process:
         # An earlier run in this folder must not be what a later --resume goes on from.
         shutil.rmtree(checkpoints, ignore_errors=True)
     accelerator.wait_for_everyone()
     checkpoints.mkdir(parents=True, exist_ok=True)
-    steps, accumulation = training.max_steps, training.gradient_accumulation_steps
     num_samples = steps * accumulation * training.batch_size * accelerator.num_processes
-    optimizer = AdamW(parameter_groups(model, training), betas=(0.9, 0.98))
-    scheduler = get_cosine_schedule_with_warmup(optimizer, round(steps * training.warmup_ratio), steps)
     loader = train_loader(train_set, model, data, training, num_samples)
     side = data.eval_image_size or data.image_size
     validation = eval_loader(validation_set, model.tasks, side, training.batch_size, data.num_workers)
-    wrapped, optimizer, loader, validation = accelerator.prepare(model, optimizer, loader, validation)
+    wrapped = accelerator.prepare_model(model)
+    step = MultitaskStep(model, wrapped, accelerator, multitask, accumulation)
+    if training.batch_size * accumulation < step.num_parts:
+        raise ValueError(
+            f"affinity_similarity={multitask.affinity_similarity} compares two halves of what goes into a step, but a "
+            "step has one image per process: raise batch_size or gradient_accumulation_steps, or choose "
+            "affinity_similarity=cosine or affinity_interval=0"
+        )
+    groups = parameter_groups(model, training)
+    if weights := list(step.balancing.parameters()):
+        groups.append({"params": weights, "lr": training.learning_rate, "weight_decay": 0.0})
+    optimizer = AdamW(groups, betas=(0.9, 0.98))
+    scheduler = get_cosine_schedule_with_warmup(optimizer, round(steps * training.warmup_ratio), steps)
+    optimizer, loader, validation = accelerator.prepare(optimizer, loader, validation)
 
     state = LoopState()
     # The scheduler counts optimiser steps, whatever the number of processes; Accelerate's wrapper would not.
-    register_checkpoint_files(accelerator, state, scheduler)
+    register_checkpoint_files(accelerator, state, scheduler, step.state)
     if training.resume and load_checkpoint(accelerator, checkpoints):
         logger.warning("resuming after step %d", state.step)
         loader = accelerator.skip_first_batches(loader, state.step * accumulation)
@@ -127,15 +142,17 @@ def train(
     model.train()
     progress = tqdm(total=steps, initial=state.step, desc="train")
     started = time.perf_counter() - state.seconds
-    for batch in loader:
+    for number, batch in enumerate(loader):
+        if number % accumulation == 0:
+            step.begin(state.step)
         with accelerator.accumulate(wrapped):
-            output = wrapped(batch["pixel_values"], labels=batch["labels"])
-            losses = finite_or_error(output.losses, state.step)
-            accelerator.backward(output.loss)
+            losses = finite_or_error(step.backward(batch["pixel_values"], batch["labels"]), state.step)
             if accelerator.sync_gradients:
+                step.finish()
                 accelerator.clip_grad_norm_(
                     [parameter for parameter in model.parameters() if parameter.requires_grad], training.max_grad_norm
                 )
+                step.observe()
             optimizer.step()
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
@@ -149,6 +166,18 @@ def train(
             step=state.step,
         )
         done = state.step == steps
+        if step.learns_affinity and (done or state.step % step.history_interval(steps) == 0):
+            affinity = model.affinity.tolist()
+            state.affinity_history.append({"step": state.step, "affinity": affinity})
+            names = model.task_names
+            accelerator.log(
+                {
+                    f"affinity/{source}_to_{target}": affinity[row][column]
+                    for row, source in enumerate(names)
+                    for column, target in enumerate(names)
+                },
+                step=state.step,
+            )
         if done or (training.eval_steps and state.step % training.eval_steps == 0):
             results = evaluate(model, validation, accelerator)
             record(state, results, mean_gain(results, baseline, model.tasks))

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 LAST = "last"
 BEST_FILE = "best.safetensors"
 WEIGHTS_FILE = "trained.safetensors"
+MULTITASK_FILE = "multitask.safetensors"
 STATE_FILE = "loop_state.json"
 
 
@@ -27,6 +28,7 @@ class LoopState:
         step: optimiser steps done.
         best_step, best_score: the best evaluation so far (score: mean gain in percent, higher is better).
         history: results of all evaluations, {"step", "score", "results"}.
+        affinity_history: {"step", "affinity"} on the way, [source][target].
         seconds: time spent in training steps and evaluations, over all runs.
     """
 
@@ -34,6 +36,7 @@ class LoopState:
     best_step: int | None = None
     best_score: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
+    affinity_history: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
 
     def state_dict(self) -> dict[str, Any]:
@@ -81,8 +84,10 @@ def load_trained(model: nn.Module, file: Path) -> None:
     model.load_state_dict(found, strict=False)
 
 
-def register_checkpoint_files(accelerator: Accelerator, state: LoopState, scheduler: LRScheduler) -> None:
-    """Makes Accelerate's checkpoints hold the loop's state, and of the model only what is trained.
+def register_checkpoint_files(
+    accelerator: Accelerator, state: LoopState, scheduler: LRScheduler, multitask: nn.Module
+) -> None:
+    """Makes Accelerate's checkpoints hold the loop's state, TROA's and balancing's, and of the model what is trained.
 
     The frozen backbone is most of the model and never changes.
     """
@@ -90,6 +95,7 @@ def register_checkpoint_files(accelerator: Accelerator, state: LoopState, schedu
     def save(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
         if accelerator.is_main_process:
             save_file(trained_state(accelerator.unwrap_model(models[0])), Path(folder) / WEIGHTS_FILE)
+            save_file(multitask.state_dict(), Path(folder) / MULTITASK_FILE)
             # As JSON: Accelerate's own way for registered objects unpickles whatever the file holds.
             states = {"loop": state.state_dict(), "scheduler": scheduler.state_dict()}
             (Path(folder) / STATE_FILE).write_text(json.dumps(states))
@@ -97,6 +103,7 @@ def register_checkpoint_files(accelerator: Accelerator, state: LoopState, schedu
 
     def load(models: list[nn.Module], folder: str) -> None:
         load_trained(accelerator.unwrap_model(models.pop()), Path(folder) / WEIGHTS_FILE)
+        multitask.load_state_dict(load_file(Path(folder) / MULTITASK_FILE))
         states = json.loads((Path(folder) / STATE_FILE).read_text())
         state.load_state_dict(states["loop"])
         scheduler.load_state_dict(states["scheduler"])

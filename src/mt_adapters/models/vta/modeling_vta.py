@@ -4,7 +4,7 @@ Shape suffixes: B batch, T tasks, K output channels of a task, H height, W width
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from mt_adapters.models.vta.adapter_files import (
 )
 from mt_adapters.models.vta.configuration_vta import VtaConfig
 from mt_adapters.tasks import Task, get_tasks
-from mt_adapters.tuners.vta import VtaAdapterConfig, VtaLayer, find_context, train_adapters_only
+from mt_adapters.tuners.vta import TaskConditioning, VtaAdapterConfig, VtaLayer, find_context, train_adapters_only
 
 
 @dataclass
@@ -44,6 +44,34 @@ class MultitaskOutput(ModelOutput):
     logits: dict[str, Tensor] | None = None
 
 
+@dataclass(frozen=True)
+class SharedFeatures:
+    """What all tasks share of a batch of images: everything before the fan-out.
+
+    Args:
+        tokens: those that enter the first task-conditioned block.
+        prepared: what the decoder has made of the shared feature maps.
+        image_size, padded_size: height and width of the images, and of what the backbone saw.
+    """
+
+    tokens: Tokens
+    prepared: list[Tensor]
+    image_size: tuple[int, int]
+    padded_size: tuple[int, int]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.tokens.hidden, *self.prepared]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> "SharedFeatures":
+        return replace(self, tokens=Tokens(tensors[0], self.tokens.grid), prepared=list(tensors[1:]))
+
+    def chunk(self, num_chunks: int) -> list["SharedFeatures"]:
+        """The same for groups of the images."""
+        chunks = zip(*(tensor.chunk(num_chunks) for tensor in self.tensors), strict=True)
+        return [self.with_tensors(tensors) for tensors in chunks]
+
+
 class VtaModel(PreTrainedModel):
     """A vision transformer that solves several dense tasks through task-conditioned adapters.
 
@@ -58,7 +86,7 @@ class VtaModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = "image"
     _supports_sdpa = True
-    _keep_in_fp32_modules_strict = {"affinity"}
+    _keep_in_fp32_modules_strict = {"affinity", "mixing_weights"}
 
     def __init__(self, config: VtaConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -178,10 +206,39 @@ class VtaModel(PreTrainedModel):
         Raises:
             ValueError: if the model has no VTA adapter.
         """
+        return self.conditioning.affinity.detach().clone()
+
+    @property
+    def has_affinity(self) -> bool:
+        """Whether there is a VTA adapter."""
+        return find_context(self.backbone) is not None
+
+    @property
+    def conditioning(self) -> TaskConditioning:
+        """Task embeddings and affinities of the active adapter.
+
+        Raises:
+            ValueError: if the model has no VTA adapter.
+        """
         context = find_context(self.backbone)
         if context is None:
             raise ValueError("this model has no VTA adapter and hence no task affinities")
-        return context.conditioning[self.backbone.active_adapters()[0]].affinity.detach().clone()
+        return context.conditioning[self.backbone.active_adapters()[0]]
+
+    def affinity_parameters(self, first_block_only: bool = False) -> list[nn.Parameter]:
+        """The adapter's parameters whose gradients TROA compares: shared by all tasks, without FiLM's weights."""
+        name = self.backbone.active_adapters()[0]
+        layers = [module for module in self.backbone.modules() if isinstance(module, VtaLayer)]
+        adapted = [parameters for layer in layers if (parameters := list(layer.affinity_parameters(name)))]
+        return [parameter for parameters in adapted[: 1 if first_block_only else None] for parameter in parameters]
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """All trainable parameters that serve every task: everything but the tasks' own decoders and heads."""
+        return [
+            parameter
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad and not name.startswith(("decoder.tasks.", "heads."))
+        ]
 
     def train(self, mode: bool = True) -> "VtaModel":
         super().train(mode)
@@ -205,21 +262,10 @@ class VtaModel(PreTrainedModel):
             ValueError: if the image is too small, a task is unknown, or a label has a wrong shape, type or range.
         """
         requested = self._requested(tasks)
-        self._check_inputs(pixel_values, labels, requested)
-        height, width = pixel_values.shape[-2:]
-        padded = pad_to_patches(pixel_values, self.family.patch_size(self.config.backbone_config))
-
-        # Of a frozen backbone nothing here asks for a gradient, so that autograd keeps nothing either.
-        shared = self.family.run_blocks(
-            self.backbone, self.family.stem(self.backbone, padded), 0, self.first_task_block
-        )
-        prepared = self.decoder.prepare(shared.feature_maps)
-        logits = {}
-        for task, task_maps in self._fan_out(shared, requested):
-            features = self.decoder(task.name, prepared, task_maps)
-            logits_BKHW = F.interpolate(self.heads[task.name](features), size=padded.shape[-2:], mode="bilinear")
-            logits[task.name] = logits_BKHW[..., :height, :width]
-
+        self._check_image(pixel_values)
+        self.check_labels(pixel_values, labels or {}, requested)
+        shared = self.encode(pixel_values)
+        logits = {task.name: logits_BKHW for task, logits_BKHW in self._fan_out(shared, requested)}
         if labels is None:
             return MultitaskOutput(logits=logits)
         labelled = [task for task in requested if task.name in labels]
@@ -227,24 +273,48 @@ class VtaModel(PreTrainedModel):
         loss = sum((task.weight * losses[task.name] for task in labelled), start=pixel_values.new_zeros(()).float())
         return MultitaskOutput(loss=loss, losses=losses, logits=logits)
 
-    def _fan_out(self, shared: Tokens, tasks: list[Task]) -> Iterator[tuple[Task, Sequence[Tensor]]]:
-        """From what all tasks share to the feature maps of each: the one place where the batch meets the tasks."""
-        context = find_context(self.backbone)
-        if context is None:
+    def encode(self, pixel_values: Tensor) -> SharedFeatures:
+        """Runs what all tasks share, for `decode` to go on from; `pixel_values` (B,3,H,W) as in `forward`."""
+        padded = pad_to_patches(pixel_values, self.family.patch_size(self.config.backbone_config))
+        # Of a frozen backbone nothing here asks for a gradient, so that autograd keeps nothing either.
+        tokens = self.family.run_blocks(
+            self.backbone, self.family.stem(self.backbone, padded), 0, self.first_task_block
+        )
+        prepared = self.decoder.prepare(tokens.feature_maps)
+        (height, width), (padded_height, padded_width) = pixel_values.shape[-2:], padded.shape[-2:]
+        return SharedFeatures(
+            Tokens(tokens.hidden, tokens.grid), prepared, (height, width), (padded_height, padded_width)
+        )
+
+    def decode(self, shared: SharedFeatures, task: str) -> Tensor:
+        """Logits (B,K,H,W) of one task. The graphs of two tasks have nothing in common but parameters and `shared`."""
+        ((_, logits_BKHW),) = self._fan_out(shared, self._requested([task]))
+        return logits_BKHW
+
+    def _fan_out(self, shared: SharedFeatures, tasks: list[Task]) -> Iterator[tuple[Task, Tensor]]:
+        """From what all tasks share to the logits of each: the one place where the batch meets the tasks."""
+        for task, task_maps in self._task_maps(shared.tokens, tasks):
+            features = self.decoder(task.name, shared.prepared, task_maps)
+            logits_BKHW = F.interpolate(self.heads[task.name](features), size=shared.padded_size, mode="bilinear")
+            height, width = shared.image_size
+            yield task, logits_BKHW[..., :height, :width]
+
+    def _task_maps(self, tokens: Tokens, tasks: list[Task]) -> Iterator[tuple[Task, Sequence[Tensor]]]:
+        """Feature maps of each task, one task after another or all in one batch."""
+        if find_context(self.backbone) is None:
             yield from ((task, ()) for task in tasks)
             return
-        batch_size, device = shared.hidden.shape[0], shared.hidden.device
+        batch_size, device = tokens.hidden.shape[0], tokens.hidden.device
         numbers = [self.task_names.index(task.name) for task in tasks]
         if self.config.fan_out == "batched":
-            repeated = Tokens(shared.hidden.repeat(len(tasks), 1, 1), shared.grid)
+            repeated = Tokens(tokens.hidden.repeat(len(tasks), 1, 1), tokens.grid)
             task_ids_BT = torch.tensor(numbers, device=device).repeat_interleave(batch_size)
             maps = self._run_task_blocks(repeated, task_ids_BT)
             yield from zip(tasks, zip(*(map_.split(batch_size) for map_ in maps), strict=True), strict=True)
             return
-        alone = Tokens(shared.hidden, shared.grid)
         for task, number in zip(tasks, numbers, strict=True):
             # One id per image, as a plain peft model gets them, so that results agree to the last bit.
-            yield task, self._run_task_blocks(alone, torch.full((batch_size,), number, device=device))
+            yield task, self._run_task_blocks(tokens, torch.full((batch_size,), number, device=device))
 
     def _run_task_blocks(self, tokens: Tokens, task_ids: Tensor) -> tuple[Tensor, ...]:
         context = find_context(self.backbone)
@@ -260,16 +330,22 @@ class VtaModel(PreTrainedModel):
             raise ValueError(f"unknown task {unknown[0]!r}; give a list out of {self.task_names}")
         return self.tasks if tasks is None else [self.tasks[self.task_names.index(name)] for name in tasks]
 
-    def _check_inputs(self, pixel_values: Tensor, labels: dict[str, Tensor] | None, requested: list[Task]) -> None:
+    def _check_image(self, pixel_values: Tensor) -> None:
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
             raise ValueError(f"pixel_values has the shape {tuple(pixel_values.shape)}; it must be (B, 3, H, W)")
+        self.family.check_image_size(self.config.backbone_config, *pixel_values.shape[-2:])
+
+    def check_labels(self, pixel_values: Tensor, labels: dict[str, Tensor], tasks: Sequence[Task]) -> None:
+        """
+        Raises:
+            ValueError: if a label is of no task, or has a wrong shape, type or range.
+        """
         batch_size, _, height, width = pixel_values.shape
-        self.family.check_image_size(self.config.backbone_config, height, width)
-        unknown = sorted(set(labels or ()) - set(self.task_names))
+        unknown = sorted(set(labels) - set(self.task_names))
         if unknown:
             raise ValueError(f"labels for the unknown task {unknown[0]!r}; this model has {self.task_names}")
-        if labels is not None and not torch.compiler.is_compiling():
-            for task in requested:
+        if not torch.compiler.is_compiling():
+            for task in tasks:
                 if task.name in labels:
                     task.check_label(labels[task.name], batch_size, height, width)
 

@@ -12,40 +12,46 @@ from torch import Tensor, nn
 class TaskConditioning(nn.Module):
     """Task embeddings and the affinities that mix them (METHOD section 2).
 
-    `task_embedding` (T,E) is learned by the optimiser. `affinity` (T,T), float32 in [0,1], [source, target], is a
-    buffer without gradient and stays float32 whatever type the model is cast to; it starts as the identity.
+    `task_embedding` (T,E) is learned by the optimiser. `affinity` (T,T), float32 in [0,1], and `mixing_weights` (T,T),
+    whose columns sum to 1, are [source, target] buffers without gradient and stay float32 whatever type the model is
+    cast to; both start as the identity.
     """
 
     affinity: Tensor
+    mixing_weights: Tensor
 
     def __init__(self, num_tasks: int, embedding_dim: int) -> None:
         super().__init__()
         self.task_embedding = nn.Parameter(torch.empty(num_tasks, embedding_dim))
-        self.register_buffer("affinity", torch.empty(num_tasks, num_tasks, dtype=torch.float32))
+        for name in ("affinity", "mixing_weights"):
+            self.register_buffer(name, torch.empty(num_tasks, num_tasks, dtype=torch.float32))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.task_embedding)
         nn.init.eye_(self.affinity)
+        nn.init.eye_(self.mixing_weights)
 
     @property
     def num_tasks(self) -> int:
         return self.task_embedding.shape[0]
 
-    def weights(self) -> Tensor:
-        """w (T,T), [source, target]: the affinity with columns that sum to 1; a column of zeros counts as identity."""
-        total_T = self.affinity.sum(dim=0, keepdim=True)
-        identity = torch.eye(self.num_tasks, device=self.affinity.device)
-        return torch.where(total_T > 0, self.affinity / total_T.clamp(min=torch.finfo(torch.float32).tiny), identity)
+    @torch.no_grad()
+    def set_affinity(self, affinity_TT: Tensor, mixing_weights_TT: Tensor) -> None:
+        """Sets what is reported and what mixes the embeddings, e.g. `average_weights(affinity)` of `troa`."""
+        self.affinity.copy_(affinity_TT)
+        self.mixing_weights.copy_(mixing_weights_TT)
 
     def forward(self, task_ids_B: Tensor) -> Tensor:
         """e_t (B,E) = sum_s w[s,t] Theta[s] for the task t of each sample."""
-        weights_BT = self.weights().to(self.task_embedding.dtype).t()[task_ids_B]
+        weights_BT = self.mixing_weights.to(self.task_embedding.dtype).t()[task_ids_B]
         return weights_BT @ self.task_embedding
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TaskConditioning":
-        exact = self.affinity
+        exact = dict(self.named_buffers())
         super()._apply(fn, recurse)
-        if not self.affinity.is_meta and not exact.is_meta and self.affinity.dtype != torch.float32:
-            self.affinity = exact.to(self.affinity.device)
+        for name, buffer in exact.items():
+            moved = getattr(self, name)
+            if not moved.is_meta and not buffer.is_meta and moved.dtype != torch.float32:
+                setattr(self, name, buffer.to(moved.device))
         return self

@@ -6,7 +6,7 @@ its outputs can be recorded, several adapters can share it, and unloading gives 
 Shape suffixes: B batch, N tokens, C channels, E embedding, L tokens of one window or grid, b = 1 or B.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -109,6 +109,17 @@ class VtaLayer(nn.Module, BaseTunerLayer):
         if adapter_name in self.vta_shared:
             del self.context.conditioning[adapter_name]
         super().delete_adapter(adapter_name)
+
+    def affinity_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        """What all tasks share of one adapter, without the FiLM weights.
+
+        Their gradient is an outer product with the task's embedding, so that it is orthogonal between tasks whatever
+        the tasks are.
+        """
+        if adapter_name in self.vta_adapter:
+            for name, parameter in self.vta_adapter[adapter_name].named_parameters():
+                if not name.endswith(("film.weight", "condition.weight")):
+                    yield parameter
 
     def remove_hooks(self) -> None:
         for handle in self._handles:
