@@ -2,7 +2,7 @@
 
     make bench
     python benchmarks/bench.py --repeats 9 --json bench.json
-    python benchmarks/bench.py --check     # exit status 1 if the fan-out costs too much or changes the outputs
+    python benchmarks/bench.py --check     # exit status 1 if something costs too much or the outputs differ
     python benchmarks/bench.py --quick     # tiny models, to see that the program works; its figures mean nothing
 
 Swin-T with random weights, four tasks, the same decoder and heads in every row, fp32 on CPU threads.
@@ -15,6 +15,7 @@ Swin-T with random weights, four tasks, the same decoder and heads in every row,
   task" runs the whole network from the image for each task alone and sums the losses before one backward.
 - step memory: peak resident memory of a training step, gradients included, over that before it, after a warm-up step;
   in a fresh process per row that gives back what it frees (Linux only). An allocator that keeps it needs more.
+- the second table, of VTA with and without learning task affinities: see affinity_cost.py.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,15 @@ from peft import LoraConfig
 from torch.nn import functional as F
 from transformers import SwinConfig
 
+from affinity_cost import (
+    AFFINITY_COLUMNS,
+    INTERVALS,
+    affinity_figures,
+    affinity_step,
+    check_affinity_cost,
+    check_step_memory,
+    interval_shares,
+)
 from mt_adapters import VtaModel
 from mt_adapters.troa import average_weights
 from mt_adapters.tuners.vta import find_context
@@ -183,17 +193,22 @@ def resident_memory(field: str) -> float:
     return int(re.findall(rf"{field}:\s+(\d+) kB", status)[0]) * 1024 / 1e6
 
 
+def peak_memory(function: Callable, *arguments: Any) -> float | None:
+    """Peak resident memory in MB while the function runs, over that before; None if this is not Linux."""
+    if sys.platform != "linux":
+        return None
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present
+    before = resident_memory("VmRSS")
+    function(*arguments)
+    return resident_memory("VmHWM") - before
+
+
 def measure_memory_and_gradients(row: Row, setup: Setup) -> dict[str, Any]:
     model = build(row, setup).train()
     batch = make_batch(setup)
     training_step(row, model, *batch)
     model.zero_grad(set_to_none=True)
-    memory = None
-    if sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present
-        before = resident_memory("VmRSS")
-        training_step(row, model, *batch)
-        memory = resident_memory("VmHWM") - before
+    memory = peak_memory(training_step, row, model, *batch)
 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4)
@@ -215,7 +230,32 @@ def measure_memory_and_gradients(row: Row, setup: Setup) -> dict[str, Any]:
     }
 
 
-def in_fresh_processes(function: Callable, rows: list[Row], setup: Setup) -> list[Any]:
+def measure_affinity_times(setup: Setup, num_repeats: int) -> dict[tuple[str, int], tuple[float, float]]:
+    """Minimum of CPU and wall seconds {(row, step number): (CPU, wall)}, with random adapters."""
+    model = build(Row(VTA, {}), setup).train()
+    randomize_adapters(model)
+    batch = make_batch(setup)
+    steps = {name: affinity_step(name, model, *batch) for name in INTERVALS}
+    minima = {(name, number): (math.inf, math.inf) for name in steps for number in interval_shares(INTERVALS[name])}
+    for _ in range(num_repeats):
+        for (name, number), (cpu, wall) in minima.items():
+            cpu_now, wall_now = timed(steps[name], number)
+            minima[name, number] = min(cpu, cpu_now), min(wall, wall_now)
+    return minima
+
+
+def measure_affinity_memory(name: str, setup: Setup) -> float | None:
+    step = affinity_step(name, build(Row(VTA, {}), setup).train(), *make_batch(setup))
+
+    def run_interval() -> None:
+        for number in interval_shares(INTERVALS[name]):
+            step(number)
+
+    run_interval()
+    return peak_memory(run_interval)
+
+
+def in_fresh_processes(function: Callable, rows: Iterable[Row | str], setup: Setup) -> list[Any]:
     # glibc then gives every large block back on free, so that resident memory is what is in use.
     os.environ.update(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
     context = multiprocessing.get_context("forkserver")
@@ -224,15 +264,23 @@ def in_fresh_processes(function: Callable, rows: list[Row], setup: Setup) -> lis
         return pool.starmap(function, [(row, setup) for row in rows], chunksize=1)
 
 
-def formatted(row: dict[str, Any], key: str) -> str:
-    return "-" if row[key] is None else format(row[key], COLUMNS[key][1])
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| model | " + " | ".join(heading for heading, _ in COLUMNS.values()) + " |"]
-    lines.append("|---|" + "---:|" * len(COLUMNS))
-    lines += [f"| {row['model']} | " + " | ".join(formatted(row, key) for key in COLUMNS) + " |" for row in rows]
+def table(heading: str, rows: dict[str, dict], columns: dict[str, tuple[str, str]]) -> str:
+    lines = [f"| {heading} | " + " | ".join(title for title, _ in columns.values()) + " |"]
+    lines.append("|---|" + "---:|" * len(columns))
+    for name, row in rows.items():
+        cells = ["-" if row[key] is None else format(row[key], digits) for key, (_, digits) in columns.items()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def as_printed(heading: str, rows: dict[str, dict], columns: dict[str, tuple[str, str]]) -> dict[str, list]:
+    """The table for the file of results, its figures rounded as they are printed."""
+    records = []
+    for name, row in rows.items():
+        measured = {key: digits for key, (_, digits) in columns.items() if row[key] is not None}
+        rounded = {key: json.loads(format(row[key], digits)) for key, digits in measured.items()}
+        records.append({heading: name} | dict.fromkeys(columns) | rounded)
+    return {"columns": list(columns), "rows": records}
 
 
 def check_cost(times: dict[str, dict]) -> str:
@@ -261,6 +309,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="tiny models and images, one repeat")
     parser.add_argument("--check", action="store_true", help="exit with status 1 if a line says FAIL")
     arguments = parser.parse_args()
+    if arguments.batch_size < 2:
+        parser.error("--batch_size must be at least 2: affinities compare two halves of a batch")
     num_repeats = 1 if arguments.quick else arguments.repeats
     size = arguments.image_size or (64 if arguments.quick else 224)
     setup = Setup(TINY if arguments.quick else SWIN_T, size, arguments.batch_size)
@@ -268,23 +318,32 @@ def main() -> int:
     rows, rank = make_rows(setup)
     costs = in_fresh_processes(measure_memory_and_gradients, rows, setup)
     times, logits = measure_times(rows, setup, num_repeats)
-    results: list[dict[str, Any]] = []
+    results: dict[str, dict] = {}
     for row, cost in zip(rows, costs, strict=True):
-        result = {"model": row.name, **cost, **times[row.name]}
+        results[row.name] = cost | times[row.name]
         for kind in ("forward", "step"):
-            result[f"{kind}_ratio"] = result[f"{kind}_cpu"] / times[FULL][f"{kind}_cpu"]
-        results.append(result)
+            results[row.name][f"{kind}_ratio"] = times[row.name][f"{kind}_cpu"] / times[FULL][f"{kind}_cpu"]
+    memory = dict(zip(INTERVALS, in_fresh_processes(measure_affinity_memory, INTERVALS, setup), strict=True))
+    affinities = affinity_figures(measure_affinity_times(setup, num_repeats), memory)
     summary = (
         f"{'tiny Swin' if arguments.quick else 'Swin-T'}, {len(TASKS)} tasks, batch {setup.batch_size}, "
         f"{size} x {size}, fp32, {NUM_THREADS} CPU threads, minimum of {num_repeats} repeats; LoRA rank {rank}; "
         f"torch {torch.__version__}, Python {platform.python_version()}"
     )
-    checks = [check_cost(times), check_outputs(logits)]
-    print(f"{summary}\n\n{table(results)}\n\n" + "\n".join(checks))
+    checks = [
+        check_cost(times),
+        check_outputs(logits),
+        check_affinity_cost(affinities),
+        check_step_memory(affinities),
+    ]
+    tables = [
+        table("model", results, COLUMNS),
+        table("training step with task affinities", affinities, AFFINITY_COLUMNS),
+    ]
+    print("\n\n".join([summary, *tables, "\n".join(checks)]))
     if arguments.json:
-        for result in results:
-            result |= {key: json.loads(formatted(result, key)) for key in COLUMNS if result[key] is not None}
-        record = {"summary": summary, "lora_rank": rank, "columns": list(COLUMNS), "rows": results, "checks": checks}
+        record = {"summary": summary, "lora_rank": rank, **as_printed("model", results, COLUMNS), "checks": checks}
+        record["affinities"] = as_printed("step", affinities, AFFINITY_COLUMNS)
         arguments.json.write_text(json.dumps(record, indent=2) + "\n")
     return 1 if arguments.check and any(line.startswith("FAIL") for line in checks) else 0
 

@@ -16,7 +16,8 @@ Baselines with the same backbone, data and loop: `--adapter none`, `--adapter lo
 `--adapter none --decoder linear`.
 
 Writes to output_dir: the model (config.json, model.safetensors, preprocessor_config.json), adapter/, metrics.json,
-predictions.png, affinity.png, README.md (the model's card), and checkpoints/ and logs/ of the training.
+predictions.png, affinity.png, affinity_history.json and .png, README.md (the model's card), and checkpoints/ and logs/
+of the training.
 """
 
 import json
@@ -39,7 +40,7 @@ from mt_adapters.training.arguments import Arguments, ModelArguments, parse_argu
 from mt_adapters.training.evaluation import Results, input_blind_results
 from mt_adapters.training.loop import train
 from mt_adapters.training.loop_state import LoopState
-from mt_adapters.visualize import plot_affinity, plot_predictions
+from mt_adapters.visualize import plot_affinity, plot_affinity_history, plot_predictions
 
 DEMO = Path(__file__).parent / "recipes" / "rooms_demo.yaml"
 NUM_PICTURES = 4
@@ -101,6 +102,13 @@ def run_record(
         "base_model": None if backbone is None or Path(backbone).is_dir() else backbone,
         "parameters": model.parameter_report(),
         "affinity": model.affinity.tolist() if model.has_affinity else None,
+        # In how many updates each task took part, and how many it missed for want of a usable gradient.
+        "affinity_updates": {
+            key: dict(zip(model.task_names, state.affinity_history[-1][key], strict=True))
+            for key in ("num_updates", "num_skipped")
+        }
+        if state.affinity_history
+        else None,
         "steps": state.step,
         "best_step": state.best_step,
         "history": state.history,
@@ -148,6 +156,9 @@ def main() -> None:
         plot_predictions(model, validation_set, indices, side, output / "predictions.png")
         if record["affinity"] is not None:
             plot_affinity(model.affinity, model.task_names, output / "affinity.png")
+        if state.affinity_history:
+            plot_affinity_history(state.affinity_history, model.task_names, output / "affinity_history.png")
+            (output / "affinity_history.json").write_text(json.dumps(state.affinity_history) + "\n")
         (output / "metrics.json").write_text(json.dumps(record, indent=1) + "\n")
         (output / "README.md").write_text(model_card(record))
         columns = {"this model": record["results"], "input-blind": record["input_blind"]}

@@ -24,6 +24,8 @@ RUNNABLE = (
     "mt_adapters.losses",
     "mt_adapters.metrics",
     "mt_adapters.tasks",
+    "mt_adapters.training.balancing",
+    "mt_adapters.troa",
     "mt_adapters.tuners.vta.config",
 )
 NEED_WEIGHTS = ("mt_adapters.models.vta.modeling_vta", "mt_adapters.tuners.vta.model")

@@ -12,9 +12,10 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mt_adapters import VtaModel
-from mt_adapters.hub.card import COLUMNS
+from mt_adapters.hub.card import COLUMNS, affinity_table
 from programs import BACKBONE_CONFIG, EXAMPLES, NUM_VALIDATION, RECIPE, SIZE, run_program, write_recipe
 
 TASKS = {"semseg": "semseg", "depth": "depth", "normals": "normals", "edges": "edges"}
@@ -34,10 +35,30 @@ def test_training_leaves_the_files_that_its_docstring_names(trained: Path) -> No
     files = {str(path.relative_to(trained)) for path in trained.rglob("*") if path.is_file()}
     assert {"config.json", "model.safetensors", "preprocessor_config.json", "metrics.json"} <= files
     assert {"predictions.png", "affinity.png", "README.md", "checkpoints/last/loop_state.json"} <= files
+    assert {"affinity_history.json", "affinity_history.png"} <= files
     assert {"adapter/adapter_config.json", "adapter/vta_config.json", "adapter/preprocessor_config.json"} <= files
     assert {f"adapter/task_{name}.safetensors" for name in TASKS} <= files
     assert [file for file in files if file.startswith("logs/mt_adapters/") and "tfevents" in file]
     assert not [file for file in files if "partial" in file or file.endswith(".old")]
+
+
+def test_the_history_of_the_affinities_ends_with_those_of_the_model(trained: Path) -> None:
+    history = json.loads((trained / "affinity_history.json").read_text())
+    assert [entry["step"] for entry in history] == [2, 4]
+    assert [entry["num_updates"] for entry in history] == [[1] * 4, [2] * 4]
+    assert all(entry["num_skipped"] == [0] * 4 for entry in history)
+    metrics = read_metrics(trained)
+    reported = next(entry for entry in history if entry["step"] == metrics["best_step"])
+    assert metrics["affinity"] == pytest.approx(np.array(reported["affinity"]), abs=1e-6)
+    assert metrics["affinity_updates"] == {
+        "num_updates": dict.fromkeys(TASKS, 2),
+        "num_skipped": dict.fromkeys(TASKS, 0),
+    }
+    assert history[0]["affinity"] != np.eye(4).tolist()
+    events = EventAccumulator(str(next(trained.glob("logs/mt_adapters")))).Reload()
+    logged = [event.value for event in events.Scalars("affinity/semseg_to_depth")]
+    assert logged == pytest.approx([entry["affinity"][0][1] for entry in history])
+    assert affinity_table(metrics["affinity"], list(TASKS)) in (trained / "README.md").read_text()
 
 
 def test_metrics_json_carries_the_results_and_what_gives_them_again(trained: Path) -> None:

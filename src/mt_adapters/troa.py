@@ -15,10 +15,9 @@ Weighting = Literal["average", "mirror", "identity", "uniform", "common"]
 
 def cosine_similarity(sources_TP: Tensor, targets_TP: Tensor) -> Tensor:
     """(T,T): cosine between row s of the sources and row t of the targets; 0 where a row is zero."""
-    return (
-        nn.functional.normalize(sources_TP, eps=0.0).nan_to_num(0.0)
-        @ nn.functional.normalize(targets_TP, eps=0.0).nan_to_num(0.0).t()
-    )
+    norms_TT = sources_TP.norm(dim=1).unsqueeze(1) * targets_TP.norm(dim=1)
+    # Divided last: normalised copies of the gradients would take more memory than the gradients.
+    return torch.where(norms_TT > 0, sources_TP @ targets_TP.t() / norms_TT, 0.0)
 
 
 def lookahead_similarity(gradients_TP: Tensor) -> Tensor:
@@ -190,19 +189,18 @@ class Troa(nn.Module):
         if self.similarity == "spatial":
             sum_TT, count_TT = observation
             return sum_TT / count_TT.clamp(min=1), count_TT > 0
-        norm_HT1 = observation.norm(dim=-1, keepdim=True)
-        usable_HT1 = norm_HT1.isfinite() & (norm_HT1 > 0)
-        gradients_HTP = torch.where(usable_HT1, observation, 0.0)
+        norm_HT = observation.norm(dim=-1)
+        usable_HT = norm_HT.isfinite() & (norm_HT > 0)
+        compared_HTP = observation
+        if self.similarity == "fisher":
+            for part, task in usable_HT.nonzero().tolist():
+                unit_P = observation[part, task] / norm_HT[part, task]
+                self.fisher[part, task].mul_(self.momentum).addcmul_(unit_P, unit_P, value=1 - self.momentum)
+            compared_HTP = self.fisher
         if self.similarity == "lookahead":
-            similarity_TT = lookahead_similarity(gradients_HTP[0])
+            similarity_TT = lookahead_similarity(compared_HTP[0])
         else:
-            if self.similarity == "fisher":
-                share_HTP = (gradients_HTP / norm_HT1).square()
-                moved_HTP = self.momentum * self.fisher + (1 - self.momentum) * share_HTP
-                self.fisher.copy_(torch.where(usable_HT1, moved_HTP, self.fisher))
-                gradients_HTP = self.fisher
-            similarity_TT = cosine_similarity(gradients_HTP[0], gradients_HTP[-1])
-        usable_HT = usable_HT1.squeeze(-1)
+            similarity_TT = cosine_similarity(compared_HTP[0], compared_HTP[-1])
         return similarity_TT, usable_HT[0].unsqueeze(1) & usable_HT[-1]
 
     def _corrected_mean(self) -> Tensor:

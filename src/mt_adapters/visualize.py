@@ -1,6 +1,6 @@
 """Pictures of what a model predicts and of how its tasks help each other."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,18 +59,39 @@ def plot_predictions(
 def plot_affinity(affinity_TT: Tensor, task_names: Sequence[str], file: str | Path) -> None:
     """Writes a PNG of the task affinities: row = source (who helps), column = target (who is helped)."""
     size = 1.6 + 0.7 * len(task_names)
-    figure = Figure(figsize=(size, size), layout="constrained")
+    figure = Figure(figsize=(size + 0.8, size), layout="constrained")
     axis = figure.subplots()
-    axis.imshow(affinity_TT.cpu().numpy(), vmin=0, vmax=1, cmap="viridis")
+    image = axis.imshow(affinity_TT.cpu().numpy(), vmin=0, vmax=1, cmap="viridis")
+    figure.colorbar(image, ax=axis, fraction=0.046, label="affinity")
     ticks = range(len(task_names))
     axis.set_xticks(ticks, task_names, rotation=45, ha="right")
     axis.set_yticks(ticks, task_names)
-    axis.set_xlabel("target")
-    axis.set_ylabel("source")
+    axis.set_xlabel("target (is helped)")
+    axis.set_ylabel("source (helps)")
     for source in ticks:
         for target in ticks:
             value = affinity_TT[source, target].item()
             axis.text(
                 target, source, f"{value:.2f}", ha="center", va="center", color="black" if value > 0.5 else "white"
             )
+    figure.savefig(file, dpi=110, bbox_inches="tight")
+
+
+def plot_affinity_history(history: Sequence[Mapping[str, Any]], task_names: Sequence[str], file: str | Path) -> None:
+    """Writes a PNG with a panel per target task: how much each source helps it, over the training.
+
+    `history` holds {"step": int, "affinity": rows of [source][target]}.
+    """
+    figure = Figure(figsize=(1.0 + 2.4 * len(task_names), 2.8), layout="constrained")
+    axes = figure.subplots(1, len(task_names), sharey=True, squeeze=False)[0]
+    steps = [entry["step"] for entry in history]
+    for target, axis in enumerate(axes):
+        for source, name in enumerate(task_names):
+            values = [entry["affinity"][source][target] for entry in history]
+            axis.plot(steps, values, label=name, marker="." if len(steps) < 3 else None)
+        axis.set_title(f"target: {task_names[target]}", fontsize=9)
+        axis.set_xlabel("step")
+        axis.set_ylim(-0.02, 1.02)
+    axes[0].set_ylabel("affinity")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", title="source", fontsize=8)
     figure.savefig(file, dpi=110)

@@ -143,3 +143,23 @@ def test_every_recipe_of_the_examples_is_read(recipe: Path) -> None:
     assert (model.backbone is None) != (model.backbone_config is None)
     assert training.output_dir.startswith("outputs/")
     assert set(yaml.safe_load(recipe.read_text())) <= set(read_recipe(recipe))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "rule"),
+    [
+        ("affinity_interval", "-1", "it must be at least 0"),
+        ("affinity_momentum", "1.0", "at least 0 and less than 1"),
+        ("mirror_rate", "0", "the rate must be positive"),
+        ("balancing", "gradnorm", r"known are \['fixed', 'uncertainty', 'dwa', 'random'\] by losses and .*'upgrad'"),
+    ],
+)
+def test_a_wrong_setting_of_affinities_or_balancing_is_told_at_the_start(option: str, value: str, rule: str) -> None:
+    with pytest.raises(ValueError, match=rule):
+        parse_arguments(argv=[f"--{option}", value])
+
+
+def test_an_unknown_similarity_is_refused_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(argv=["--affinity_similarity", "euclid"])
+    assert "choose from 'cosine', 'split', 'lookahead', 'fisher', 'spatial'" in capsys.readouterr().err

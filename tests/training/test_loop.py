@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 from collections.abc import Iterator
@@ -13,9 +14,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from mt_adapters import VtaAdapterConfig, VtaModel
-from mt_adapters.training.arguments import DataArguments, TrainingArguments
+from mt_adapters.training.arguments import DataArguments, MultitaskArguments, TrainingArguments
 from mt_adapters.training.loop import parameter_groups, record, train
 from mt_adapters.training.loop_state import LoopState, finite_or_error
+from mt_adapters.training.step import MultitaskStep
 from tiny_models import ALL_TASKS, make_images, make_labels, make_model
 
 SIZE = (64, 64)
@@ -45,6 +47,25 @@ class Made(Dataset):
         return {"image": self.images[index], "labels": labels}
 
 
+class Stopped(Exception):
+    pass
+
+
+class Stops(Made):
+    """Ends the run after so many batches of two."""
+
+    def __init__(self, num_batches: int) -> None:
+        super().__init__()
+        self.num_left = 2 * num_batches
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        # Accelerate's loader reads one batch ahead.
+        if self.num_left == -2:
+            raise Stopped
+        self.num_left -= 1
+        return super().__getitem__(index)
+
+
 @pytest.fixture(autouse=True)
 def _reset_accelerate() -> Iterator[None]:
     yield
@@ -53,7 +74,12 @@ def _reset_accelerate() -> Iterator[None]:
 
 
 def run(
-    model: VtaModel, folder: Path, train_set: Dataset | None = None, data: DataArguments = DATA, **settings: Any
+    model: VtaModel,
+    folder: Path,
+    train_set: Dataset | None = None,
+    data: DataArguments = DATA,
+    multitask: MultitaskArguments | None = None,
+    **settings: Any,
 ) -> LoopState:
     settings = {"max_steps": 2, "batch_size": 2, "checkpoint_steps": 100, "warmup_ratio": 0.0} | settings
     training = TrainingArguments(output_dir=str(folder), **settings)
@@ -63,7 +89,7 @@ def run(
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         mixed_precision=training.mixed_precision,
     )
-    return train(model, train_set or Made(), Made(), data, training, accelerator, BASELINE)
+    return train(model, train_set or Made(), Made(), data, training, accelerator, BASELINE, multitask)
 
 
 @torch.no_grad()
@@ -260,3 +286,49 @@ class Blank(Made):
         sample = super().__getitem__(index)
         sample["labels"]["depth"] = torch.full_like(sample["labels"]["depth"], 1e38)
         return sample
+
+
+def test_affinities_are_recorded_at_most_two_hundred_times(tmp_path: Path) -> None:
+    model = make_model("swin", tasks=["depth", "edges"], backbone_changes={"depths": [1, 1, 1, 1]})
+    state = run(model, tmp_path, max_steps=3, multitask=MultitaskArguments(affinity_interval=1))
+    assert [entry["step"] for entry in state.affinity_history] == [1, 2, 3]
+    assert state.affinity_history[-1]["affinity"] == model.affinity.tolist()
+    step = MultitaskStep(model, model, Accelerator(cpu=True), MultitaskArguments(affinity_interval=10))
+    assert [step.history_interval(max_steps) for max_steps in (300, 2000, 4000, 100_000)] == [10, 10, 20, 500]
+
+
+def test_steps_of_one_image_cannot_be_halved(tmp_path: Path) -> None:
+    model = make_model("dinov2", tasks=["depth", "edges"])
+    with pytest.raises(
+        ValueError, match="affinity_similarity=fisher compares two halves.*raise batch_size or gradient_"
+    ):
+        run(model, tmp_path, batch_size=1)
+    run(
+        model, tmp_path, batch_size=1, gradient_accumulation_steps=2, multitask=MultitaskArguments(affinity_interval=1)
+    )
+    run(model, tmp_path, batch_size=1, multitask=MultitaskArguments(affinity_similarity="cosine"))
+
+
+@pytest.mark.parametrize("name", ["fixed", "uncertainty", "dwa", "random", "pcgrad", "upgrad"])
+def test_a_run_resumed_with_any_balancing_ends_with_the_same_bits(tmp_path: Path, name: str) -> None:
+    settings = {"window": 2} if name == "dwa" else {}
+    multitask = MultitaskArguments(affinity_interval=2, balancing=name, balancing_settings=settings)
+    results = []
+    for stops in ((6,), (3, 6)):
+        torch.manual_seed(0)
+        model = make_model("swin", tasks=["depth", "edges"], backbone_changes={"depths": [1, 1, 1, 1]})
+        for stop in stops:
+            # The schedule of the whole run, ended early.
+            data = Stops(stop) if stop < 6 else Made()
+            with contextlib.suppress(Stopped):
+                run(
+                    model,
+                    tmp_path / str(len(stops)),
+                    data,
+                    multitask=multitask,
+                    max_steps=6,
+                    checkpoint_steps=3,
+                    resume=stop == 6 and len(stops) > 1,
+                )
+        results.append(tensors(model))
+    assert all(torch.equal(tensor, results[1][key]) for key, tensor in results[0].items())

@@ -95,3 +95,38 @@ def test_two_processes_with_uneven_shares_evaluate_to_the_same_digits_as_one(
             assert ["validation images" in text for text in printed] == [True, False]
         results.append(json.loads(output.read_text()))
     assert results[0] == results[1]
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, dict]:
+    """What `steps_in_processes.py` writes: alone, and as the two processes of a pair."""
+    program = Path(__file__).with_name("steps_in_processes.py")
+    alone, pair = (tmp_path_factory.mktemp(name) for name in ("alone", "pair"))
+    run_program(program, alone)
+    run_two(pair, program, pair)
+    return tuple(load_file(file) for file in (alone / "0.safetensors", pair / "0.safetensors", pair / "1.safetensors"))
+
+
+@pytest.mark.parametrize("way", ["cosine", "spatial", "some labels"])
+def test_two_processes_learn_the_affinities_of_one_with_the_whole_batch(steps: tuple[dict, dict, dict], way: str):
+    alone, first, second = (found[f"{way}/affinity"] for found in steps)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, alone, rtol=0, atol=1e-5)
+    off_diagonal = alone[~torch.eye(4, dtype=torch.bool)]
+    assert (off_diagonal > 0.01).sum() >= 2, "these affinities would not tell right from wrong"
+
+
+@pytest.mark.parametrize("way", ["cosine", "spatial", "without affinities", "balanced", "uncertainty"])
+def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(steps: tuple[dict, dict, dict], way: str):
+    alone, first, second = (
+        {name: tensor for name, tensor in found.items() if name.startswith((f"{way}/gradient", f"{way}/log_var"))}
+        for found in steps
+    )
+    assert alone.keys() == first.keys() == second.keys()
+    assert len(alone) > 20
+    # MGDA's factors come from products of gradients and carry their rounding on.
+    tolerance = 1e-4 if way == "balanced" else 1e-5
+    scale = max(gradient.norm().item() for gradient in alone.values())
+    for name, gradient in alone.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], gradient, rtol=tolerance, atol=tolerance * 0.1 * scale)

@@ -1,7 +1,7 @@
 """The model card of a training run, written from what the run recorded."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -34,6 +34,14 @@ def parameter_table(report: Mapping[str, Mapping[str, int]]) -> str:
     return "\n".join(lines)
 
 
+def affinity_table(affinity: Sequence[Sequence[float]], task_names: Sequence[str]) -> str:
+    """A Markdown table: rows are sources, columns targets."""
+    lines = ["| source \\ target | " + " | ".join(task_names) + " |", "|---|" + "---|" * len(task_names)]
+    for name, row in zip(task_names, affinity, strict=True):
+        lines.append(f"| {name} | " + " | ".join(f"{value:.2f}" for value in row) + " |")
+    return "\n".join(lines)
+
+
 def model_card(record: Mapping[str, Any]) -> str:
     """The card of a run from its record (metrics.json); every figure in it is the record's."""
     data = ModelCardData(
@@ -59,7 +67,10 @@ def model_card(record: Mapping[str, Any]) -> str:
         f"## Parameters\n\n{parameter_table(record['parameters'])}",
     ]
     if affinity is not None:
-        sections.append("## Task affinities\n\n![row: source, column: target](affinity.png)")
+        sections.append(
+            "## Task affinities\n\nHow much the training of the source (row) helps the target (column).\n\n"
+            f"{affinity_table(affinity, [*record['tasks']])}\n\n![row: source, column: target](affinity.png)"
+        )
     sections.append(
         f"## Training\n\n{record['steps']} steps in {record['seconds'] / 60:.1f} minutes on {record['device']}; "
         f"the best evaluation was after step {record['best_step']}.\n\n```\n{record['command']}\n```\n\n"

@@ -7,8 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import torch
 import yaml
 from transformers import HfArgumentParser
+
+from mt_adapters.training.balancing import get_balancing
+from mt_adapters.troa import Similarity, Troa, Weighting
 
 DEFAULT_TASKS = ["semseg", "depth", "normals", "edges"]
 
@@ -100,10 +104,10 @@ class TrainingArguments:
 class MultitaskArguments:
     """How the tasks act on each other: affinities (TROA) and the balance of their losses."""
 
-    affinity_similarity: Literal["cosine", "split", "lookahead", "fisher", "spatial"] = field(
+    affinity_similarity: Similarity = field(
         default="fisher", metadata={"help": "What of the tasks' gradients is compared."}
     )
-    affinity_weighting: Literal["average", "mirror", "identity", "uniform", "common"] = field(
+    affinity_weighting: Weighting = field(
         default="average", metadata={"help": "How affinities mix the task embeddings; the last three are controls."}
     )
     affinity_interval: int = field(
@@ -131,6 +135,20 @@ class MultitaskArguments:
     def __post_init__(self) -> None:
         if self.affinity_interval < 0:
             raise ValueError(f"affinity_interval is {self.affinity_interval}; it must be at least 0 (0: off)")
+        # Wrong settings are told before any data is read.
+        get_balancing(self.balancing, 1, self.balancing_settings)
+        self.make_troa(torch.eye(1), 0)
+
+    def make_troa(self, affinity_TT: torch.Tensor, num_parameters: int) -> Troa:
+        return Troa(
+            affinity_TT,
+            num_parameters,
+            self.affinity_similarity,
+            self.affinity_weighting,
+            self.affinity_momentum,
+            self.mirror_rate,
+            self.mirror_entropy,
+        )
 
 
 Arguments = tuple[ModelArguments, DataArguments, TrainingArguments, MultitaskArguments]

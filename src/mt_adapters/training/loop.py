@@ -167,17 +167,10 @@ def train(
         )
         done = state.step == steps
         if step.learns_affinity and (done or state.step % step.history_interval(steps) == 0):
-            affinity = model.affinity.tolist()
-            state.affinity_history.append({"step": state.step, "affinity": affinity})
-            names = model.task_names
-            accelerator.log(
-                {
-                    f"affinity/{source}_to_{target}": affinity[row][column]
-                    for row, source in enumerate(names)
-                    for column, target in enumerate(names)
-                },
-                step=state.step,
-            )
+            state.affinity_history.append({"step": state.step, **step.affinity_record()})
+            affinity, names = model.affinity.tolist(), model.task_names
+            pairs = [(s, t) for s in range(len(names)) for t in range(len(names))]
+            accelerator.log({f"affinity/{names[s]}_to_{names[t]}": affinity[s][t] for s, t in pairs}, step=state.step)
         if done or (training.eval_steps and state.step % training.eval_steps == 0):
             results = evaluate(model, validation, accelerator)
             record(state, results, mean_gain(results, baseline, model.tasks))

@@ -28,7 +28,7 @@ class LoopState:
         step: optimiser steps done.
         best_step, best_score: the best evaluation so far (score: mean gain in percent, higher is better).
         history: results of all evaluations, {"step", "score", "results"}.
-        affinity_history: {"step", "affinity"} on the way, [source][target].
+        affinity_history: {"step", "affinity" [source][target], "num_updates", "num_skipped" per task} on the way.
         seconds: time spent in training steps and evaluations, over all runs.
     """
 
@@ -103,7 +103,7 @@ def register_checkpoint_files(
 
     def load(models: list[nn.Module], folder: str) -> None:
         load_trained(accelerator.unwrap_model(models.pop()), Path(folder) / WEIGHTS_FILE)
-        multitask.load_state_dict(load_file(Path(folder) / MULTITASK_FILE))
+        load_trained(multitask, Path(folder) / MULTITASK_FILE)
         states = json.loads((Path(folder) / STATE_FILE).read_text())
         state.load_state_dict(states["loop"])
         scheduler.load_state_dict(states["scheduler"])

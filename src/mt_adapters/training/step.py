@@ -8,9 +8,11 @@ Shape suffixes: T tasks, P parameters, H parts of the batch (1 or 2 halves), B i
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from mt_adapters.models.vta.modeling_vta import SharedFeatures, VtaModel
@@ -18,6 +20,9 @@ from mt_adapters.tasks import Task
 from mt_adapters.training.arguments import MultitaskArguments
 from mt_adapters.training.balancing import Balancing, GradientBalancing, get_balancing
 from mt_adapters.troa import Troa, position_statistics
+
+# Ways to run on several devices in which no process holds all parameters.
+SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 class GradientSums:
@@ -80,16 +85,14 @@ class MultitaskStep:
         if self.interval > 0 and model.has_affinity:
             self.affinity_parameters = model.affinity_parameters(arguments.affinity_parameters == "first_block")
             conditioning = model.conditioning
-            self.troa = Troa(
-                conditioning.affinity,
-                sum(parameter.numel() for parameter in self.affinity_parameters),
-                arguments.affinity_similarity,
-                arguments.affinity_weighting,
-                arguments.affinity_momentum,
-                arguments.mirror_rate,
-                arguments.mirror_entropy,
-            ).to(conditioning.affinity.device)
+            num_parameters = sum(parameter.numel() for parameter in self.affinity_parameters)
+            self.troa = arguments.make_troa(conditioning.affinity, num_parameters).to(conditioning.affinity.device)
             conditioning.set_affinity(self.troa.affinity, self.troa.weights)
+        if accelerator.distributed_type in SHARDING and (self.troa or self.balancing.needs_gradients):
+            raise ValueError(
+                f"under {accelerator.distributed_type.value} no process has whole gradients of the tasks: use DDP, or "
+                "affinity_interval=0 and a balancing by losses"
+            )
         # What a checkpoint has to hold besides the model.
         self.state = nn.ModuleDict({"balancing": self.balancing} | ({"troa": self.troa} if self.troa else {}))
 
@@ -102,13 +105,22 @@ class MultitaskStep:
         """Every how many steps an affinity is worth recording: a multiple of the interval, at most 200 records."""
         return self.interval * max(1, round(max_steps / (200 * self.interval)))
 
+    def affinity_record(self) -> dict[str, Any]:
+        """The affinity, and in how many updates each task took part or was skipped."""
+        assert self.troa is not None
+        return {
+            "affinity": self.troa.affinity.tolist(),
+            "num_updates": self.troa.num_updates.tolist(),
+            "num_skipped": self.troa.num_skipped.tolist(),
+        }
+
     def begin(self, step: int) -> None:
         """Starts the optimiser step with this number, counted from 0."""
         self.step = step
         self.passes_done = 0
         num_tasks = len(self.model.tasks)
         self.weights_T = self.task_weights_T * self.balancing.factors(step).cpu()
-        self.learns_affinity = self.troa is not None and (step + 1) % self.interval == 0
+        self.learns_affinity = self.troa is not None and self.model.training and (step + 1) % self.interval == 0
         self.for_affinity = self.for_balancing = None
         self.positions_2TT: Tensor | None = None
         if self.learns_affinity and self.troa is not None and self.troa.similarity != "spatial":
@@ -244,7 +256,8 @@ class MultitaskStep:
         collected.scatter(self._mean(collected.values_HTP[0, 0]))
 
     def _mean(self, values: Tensor) -> Tensor:
-        return self.accelerator.reduce(values, "mean")
+        # Accelerate copies even where there is nothing to reduce.
+        return self.accelerator.reduce(values, "mean") if self.accelerator.num_processes > 1 else values
 
     def _learn_affinity(self) -> None:
         assert self.troa is not None
@@ -253,9 +266,9 @@ class MultitaskStep:
             observation = self.accelerator.reduce(self.positions_2TT, "sum")
         else:
             # Of the unweighted losses; a weight of 0 leaves nothing to see.
-            weights_T1 = self.weights_T.to(self.for_affinity.values_HTP).unsqueeze(1)
-            gradients_HTP = self._mean(self.for_affinity.values_HTP)
-            observation = torch.where(weights_T1 > 0, gradients_HTP / weights_T1, 0.0)
+            observation = self._mean(self.for_affinity.values_HTP)
+            for number, weight in enumerate(self.weights_T.tolist()):
+                observation[:, number].mul_(1 / weight if weight > 0 else 0.0)
         self.troa.update(observation)
         self.model.conditioning.set_affinity(self.troa.affinity, self.troa.weights)
 
