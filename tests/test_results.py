@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from benchmarks.affinity_study import VARIANTS, summarize, table
 
 from mt_adapters.hub.card import metrics_table, model_card
 from mt_adapters.metrics import delta_m
@@ -38,6 +39,25 @@ def test_readme_shows_the_figures_of_the_cost_file():
             f"| {row['model']} | {row['total']:.2f} | {row['forward_cpu']:.3f} | {row['forward_ratio']:.2f} "
             f"| {row['step_cpu']:.3f} | {row['step_ratio']:.2f} | {row['step_memory']} |"
         ) in readme
+
+
+def test_readme_shows_the_cost_of_learning_affinities():
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    for row in read(CARDS / "cost_swin_tiny.json")["affinities"]["rows"]:
+        assert (
+            f"| {row['step']} | {row['cpu']:.3f} | {row['ratio']:.2f} | {row['memory']} | {row['memory_ratio']:.2f} |"
+        ) in readme
+
+
+def test_readme_shows_the_table_of_the_affinity_study():
+    study = read(ROOMS / "affinity_study.json")
+    assert set(study["runs"]) == set(VARIANTS)
+    runs = {
+        variant: {int(seed): record for seed, record in by_seed.items()} for variant, by_seed in study["runs"].items()
+    }
+    assert all(len(by_seed) >= 2 for by_seed in runs.values())
+    assert study["summary"] == summarize(runs)
+    assert table(study["summary"], len(runs["fisher"])) in (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
 def test_model_and_linear_probe_were_trained_alike():

@@ -335,3 +335,38 @@ def test_without_a_vta_adapter_nothing_is_learned():
     assert step.troa is None
     run_step(step, batch)
     assert all(parameter.grad is not None for parameter in model.decoder.parameters())
+
+
+@pytest.mark.parametrize("name", ["mgda", "upgrad", "pcgrad"])
+def test_balancing_leaves_a_task_without_labels_out(name):
+    images, labels = make_batch("swin")
+    absent, unlabelled = (make_training_model("swin") for _ in range(2))
+    without = {task: label for task, label in labels.items() if task != "depth"}
+    for model, given in ((absent, without), (unlabelled, without | {"depth": torch.zeros_like(labels["depth"])})):
+        run_step(make_step(model, balancing=name, affinity_interval=0), (images, given))
+    for left, right in zip(absent.shared_parameters(), unlabelled.shared_parameters(), strict=True):
+        torch.testing.assert_close(left.grad, right.grad)
+    assert sum(parameter.grad.abs().sum() for parameter in absent.shared_parameters()) > 1.0
+
+
+def test_scaled_gradients_balance_and_teach_like_unscaled_ones():
+    models = [make_training_model("dinov2") for _ in range(2)]
+    for model, scale in zip(models, (1.0, 2.0**12), strict=True):
+        step = make_step(model, affinity_similarity="cosine", balancing="pcgrad")
+        step.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        run_step(step, make_batch("dinov2"))
+    torch.testing.assert_close(models[1].affinity, models[0].affinity)
+    expected = gradients_of(models[0])
+    for name, gradient in gradients_of(models[1]).items():
+        torch.testing.assert_close(gradient / 2.0**12, expected[name], rtol=1e-4, atol=1e-7)
+
+
+def test_gradients_that_overflow_teach_nothing_and_stay_for_the_scaler_to_see():
+    model = make_training_model("dinov2")
+    step = make_step(model, balancing="upgrad")
+    before = model.affinity
+    step.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=3e38)
+    run_step(step, make_batch("dinov2"))
+    assert not all(parameter.grad.isfinite().all() for parameter in model.shared_parameters())
+    assert torch.equal(model.affinity, before)
+    assert step.troa.num_skipped.sum() > 0

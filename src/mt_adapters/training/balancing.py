@@ -108,7 +108,7 @@ class GradientBalancing(Balancing):
 
     def __init__(self, num_tasks: int, aggregator: str, is_mean: bool, **settings: Any) -> None:
         super().__init__(num_tasks)
-        self.scale = num_tasks if is_mean else 1
+        self.is_mean = is_mean
         try:
             aggregation = importlib.import_module("torchjd.aggregation")
             self.aggregator: nn.Module = getattr(aggregation, aggregator)(**settings)
@@ -118,11 +118,17 @@ class GradientBalancing(Balancing):
             ) from error
 
     def aggregate(self, gradients_TP: Tensor, step: int) -> Tensor:
-        """(P,) from the gradients of the weighted losses. Gradients that agree give about their sum, as without it."""
+        """(P,) from the gradients of the weighted losses. Gradients that agree give about their sum, as without it.
+
+        A task without gradient takes no part: no step at all would be the one that hurts it least.
+        """
+        gradients_TP = gradients_TP[gradients_TP.any(dim=1)]
+        if len(gradients_TP) == 0:
+            return gradients_TP.sum(dim=0)
         with torch.random.fork_rng(devices=[gradients_TP.device] if gradients_TP.is_cuda else []):
             # PCGrad and GradDrop draw: the same on every process and in a resumed run.
             torch.manual_seed(step)
-            return self.aggregator(gradients_TP) * self.scale
+            return self.aggregator(gradients_TP) * (len(gradients_TP) if self.is_mean else 1)
 
 
 LOSS_BALANCING: dict[str, type[Balancing]] = {

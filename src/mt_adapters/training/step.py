@@ -51,8 +51,8 @@ class GradientSums:
 class MultitaskStep:
     """Forward and backward passes of the training, with TROA and balancing.
 
-    Call `begin`, then `backward` for each batch of an optimiser step, then `finish`; clip and step the optimiser; then
-    `observe`.
+    Call `begin`, then `backward` for each batch of an optimiser step, then `finish`; clip; then `observe`; then step
+    the optimiser.
 
     With one process each task runs by itself. Behind a wrapper (DDP), and with fan_out="batched", all tasks share one
     backward pass through the wrapper, except in steps that need the tasks' gradients: there the tasks run one by one
