@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from mt_adapters import VtaAdapterConfig, VtaModel
+from mt_adapters.backbones import get_family
 from mt_adapters.tuners.vta import find_context
 from tiny_models import (
     ALL_TASKS,
@@ -183,9 +184,10 @@ def test_a_plain_peft_model_saves_its_affinity_with_its_weights(family, tmp_path
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_adapter_fits_a_backbone_of_the_same_shape_with_another_grid(saved, family):
     folder = case_folder(saved[0], family, "default")
-    images = make_images(FAMILIES[family].size)
-    other = make_backbone(family, **({"window_size": 4} if family == "swin" else {"image_size": 84}))
-    images = make_images((128, 128)) if family == "swin" else images
+    other = make_backbone(family, **FAMILIES[family].other_grid)
+    smallest = get_family(family).min_image_size(other.config)
+    height, width = FAMILIES[family].size
+    images = make_images((max(height, smallest), max(width, smallest)))
     model = VtaModel.from_adapter(folder / "adapter", backbone=other)
     logits = logits_of(model, images)
     assert all(value.isfinite().all() for value in logits.values())

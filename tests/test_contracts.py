@@ -46,10 +46,11 @@ def adapt(backbone: nn.Module, **settings) -> nn.Module:
 @torch.no_grad()
 def tokens_of(model: nn.Module, images: Tensor, task_ids: list[int] | None = None) -> Tensor:
     """The last hidden state; the same task for all images if one id is given."""
+    keywords = FAMILIES[model.config.model_type].keywords
     if task_ids is None:
-        return model(images).last_hidden_state
+        return model(images, **keywords).last_hidden_state
     ids = task_ids * len(images) if len(task_ids) == 1 else task_ids
-    return model(images, task_ids=torch.tensor(ids)).last_hidden_state
+    return model(images, task_ids=torch.tensor(ids), **keywords).last_hidden_state
 
 
 def hooks(model: nn.Module) -> int:
@@ -134,7 +135,8 @@ def test_training_leaves_the_base_untouched_and_in_eval_mode(family):
     for name, module in model.named_modules():
         is_base = name.startswith("backbone") and "vta_" not in name
         assert module.training == (not is_base), name
-    assert any("drop_path" in name for name, _ in model.named_modules())
+    plain = make_backbone(family, **{row.drop_path: 0.5}).train()
+    assert differ(*(tokens_of(plain, make_images(row.size)) for _ in range(2))), "nothing would be dropped anyway"
     assert_same(logits_of(model, make_images(row.size)), logits_of(model, make_images(row.size)))
 
 
@@ -319,7 +321,8 @@ def test_bfloat16_runs_forward_and_backward(family, way):
     images, labels = make_images(size), make_labels(size)
     if way == "plain_weights":
         model = randomize(adapt(make_backbone(family).bfloat16())).train()
-        output = model(images.bfloat16(), task_ids=torch.tensor([0, 1])).last_hidden_state
+        keywords = row.keywords | {"task_ids": torch.tensor([0, 1])}
+        output = model(images.bfloat16(), **keywords).last_hidden_state
         assert output.dtype == torch.bfloat16
         loss = output.float().square().mean()
     else:
@@ -351,7 +354,7 @@ def test_every_option_runs_forward_and_backward(family, option):
     if settings.get("residual") == "figure":
         # The figure's output replaces the block's, and with it the layer scale that only the block's has.
         for name, parameter in model.named_parameters():
-            parameter.requires_grad &= "layer_scale2" not in name
+            parameter.requires_grad &= not any(scale in name for scale in ("layer_scale2", "lambda_2"))
     base = {name: p.detach().clone() for name, p in model.backbone.named_parameters() if ".vta_" not in name}
     never = [name for name, moved in train_steps(model, row.size, num_steps=3).items() if not moved]
     assert not never

@@ -18,13 +18,17 @@ NUM_LABELS = 5
 class Family(NamedTuple):
     config: dict[str, Any]  # settings of a tiny backbone
     targets: list[str]  # the blocks that are adapted by default
-    drop_path: str  # the config's name for it
+    drop_path: str  # the config's name for it, or for another dropout in a family without
     size: tuple[int, int]  # height and width of the images of most tests: multiples of the patch
     other_sizes: tuple[tuple[int, int], ...]
     odd_size: tuple[int, int]  # no multiple of the patch
     too_small: tuple[int, int]
     # Another backbone of the same family, that an adapter of the first does not fit.
     other: dict[str, Any]
+    # Another backbone of the same shape with another window or token grid, that it fits.
+    other_grid: dict[str, Any]
+    # Keywords of the plain backbone's forward that make it take images of any size.
+    keywords: dict[str, Any] = {}
 
 
 FAMILIES = {
@@ -45,6 +49,7 @@ FAMILIES = {
         odd_size=(67, 90),
         too_small=(32, 64),
         other={"depths": [2, 2, 2, 2]},
+        other_grid={"window_size": 4},
     ),
     "dinov2": Family(
         config={
@@ -62,7 +67,39 @@ FAMILIES = {
         odd_size=(61, 90),
         too_small=(10, 56),
         other={"hidden_size": 32},
+        other_grid={"image_size": 84},
     ),
+}
+TINY_VIT = Family(
+    config={
+        "hidden_size": 48,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+        "image_size": 64,
+        "patch_size": 16,
+    },
+    targets=["layers.4", "layers.5"],
+    drop_path="hidden_dropout_prob",
+    size=(64, 64),
+    other_sizes=((96, 64), (48, 80)),
+    odd_size=(67, 90),
+    too_small=(10, 64),
+    other={"hidden_size": 32},
+    other_grid={"image_size": 96},
+    keywords={"interpolate_pos_encoding": True},
+)
+FAMILIES |= {
+    "vit": TINY_VIT,
+    "deit": TINY_VIT,
+    "dinov2_with_registers": FAMILIES["dinov2"]._replace(config=FAMILIES["dinov2"].config | {"num_register_tokens": 3}),
+    "beit": TINY_VIT._replace(
+        config=TINY_VIT.config | {"use_relative_position_bias": True, "use_mean_pooling": False},
+        drop_path="drop_path_rate",
+        keywords={},
+    ),
+    # The last stage's map is smaller than the window, in which transformers then builds smaller windows.
+    "swinv2": FAMILIES["swin"]._replace(config=FAMILIES["swin"].config | {"window_size": 4}, too_small=(3, 64)),
 }
 
 

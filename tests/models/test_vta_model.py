@@ -24,7 +24,7 @@ from tiny_models import (
 )
 
 SIZE = FAMILIES["dinov2"].size
-ADAPTERS = {"none": None, "lora": LoraConfig(r=2, target_modules=["q_proj", "v_proj"])}
+ADAPTERS = {"none": None, "lora": LoraConfig(r=2, target_modules=["q_proj", "v_proj", "query", "value"])}
 
 
 @pytest.mark.parametrize("decoder", ["fpn", "swin_unet", "linear"])

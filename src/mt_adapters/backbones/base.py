@@ -36,10 +36,11 @@ class BackboneFamily(ABC):
     model_type: ClassVar[str]
     attention: ClassVar[str] = "attention"
     norms: ClassVar[tuple[str, str]]
-    mlp: ClassVar[str] = "mlp"
+    # The modules that the MLP begins and ends with.
+    mlp: ClassVar[tuple[str, str]] = ("mlp", "mlp")
     # Windowed attention sees grids of one fixed size; global attention sees the token grid of the image at hand.
     windowed: ClassVar[bool]
-    # Weights that a checkpoint may lack because no forward pass without masking uses them.
+    # Parts of the model whose weights a checkpoint may lack and nobody trains, because dense features never use them.
     unused_weights: ClassVar[tuple[str, ...]] = ("mask_token",)
 
     @abstractmethod
@@ -66,7 +67,7 @@ class BackboneFamily(ABC):
     def patch_size(self, config: PreTrainedConfig) -> tuple[int, int]: ...
 
     @abstractmethod
-    def attention_grid(self, config: PreTrainedConfig) -> tuple[int, int]:
+    def attention_grid(self, config: PreTrainedConfig, stage: int = 0) -> tuple[int, int]:
         """Rows and columns of the tokens that attend to each other: the window, or the pretraining image's grid."""
 
     @abstractmethod
@@ -106,6 +107,10 @@ class BackboneFamily(ABC):
     def mergings(self, model: PreTrainedModel, first_stage: int, last_stage: int) -> Sequence[nn.Module]:
         """The modules that take tokens from one stage to a later one; each is called with (tokens, grid)."""
         return ()
+
+    def is_unused(self, key: str) -> bool:
+        """Whether a weight belongs to a part that dense features never use."""
+        return not set(self.unused_weights).isdisjoint(key.split("."))
 
     def blocks(self, config: PreTrainedConfig) -> list[str]:
         return [path for stage in self.stages(config) for path in stage]

@@ -10,6 +10,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
+from mt_adapters.backbones.base import BackboneFamily
 from mt_adapters.backbones.table import get_family
 
 
@@ -34,17 +35,18 @@ def load_backbone(source: str | Path | PreTrainedConfig) -> PreTrainedModel:
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    check_report(source, report, family.unused_weights)
+    check_report(source, report, family)
     return model
 
 
-def check_report(source: str | Path, report: Mapping[str, Any], unused_weights: tuple[str, ...] = ()) -> None:
+def check_report(source: str | Path, report: Mapping[str, Any], family: BackboneFamily | None = None) -> None:
     """
     Raises:
-        ValueError: if transformers' loading report lists weights that are missing or have another shape.
+        ValueError: if transformers' loading report lists weights that are missing, and that the family needs, or that
+            have another shape.
     """
     mend = "the file is incomplete or of another model than its config.json describes; get both again"
-    missing = [key for key in sorted(report["missing_keys"]) if not key.endswith(unused_weights)]
+    missing = [key for key in sorted(report["missing_keys"]) if family is None or not family.is_unused(key)]
     if missing:
         raise ValueError(
             f"the weights of {str(source)!r} lack {len(missing)} tensors, the first is {missing[0]!r}: {mend}"

@@ -37,7 +37,7 @@ class SwinFamily(BackboneFamily):
         size = config.patch_size
         return (size, size) if isinstance(size, int) else (size[0], size[1])
 
-    def attention_grid(self, config: PreTrainedConfig) -> tuple[int, int]:
+    def attention_grid(self, config: PreTrainedConfig, stage: int = 0) -> tuple[int, int]:
         return (config.window_size, config.window_size)
 
     def num_prefix_tokens(self, config: PreTrainedConfig) -> int:

@@ -1,10 +1,24 @@
 """The families of backbones that can be adapted."""
 
 from mt_adapters.backbones.base import BackboneFamily
-from mt_adapters.backbones.dinov2 import Dinov2Family
+from mt_adapters.backbones.beit import BeitFamily
+from mt_adapters.backbones.dinov2 import Dinov2Family, Dinov2WithRegistersFamily
 from mt_adapters.backbones.swin import SwinFamily
+from mt_adapters.backbones.swinv2 import Swinv2Family
+from mt_adapters.backbones.vit import DeiTFamily, ViTFamily
 
-FAMILIES: dict[str, BackboneFamily] = {family.model_type: family for family in (Dinov2Family(), SwinFamily())}
+FAMILIES: dict[str, BackboneFamily] = {
+    family.model_type: family
+    for family in (
+        BeitFamily(),
+        DeiTFamily(),
+        Dinov2Family(),
+        Dinov2WithRegistersFamily(),
+        SwinFamily(),
+        Swinv2Family(),
+        ViTFamily(),
+    )
+}
 
 
 def get_family(model_type: str) -> BackboneFamily:

@@ -97,6 +97,9 @@ class VtaModel(PreTrainedModel):
         self.backbone.requires_grad_(config.train_backbone)
         if config.adapter is not None:
             self._inject_adapter(config)
+        for name, parameter in self.backbone.named_parameters():
+            # Without a gradient they would stop distributed training, and drift by weight decay.
+            parameter.requires_grad &= not self.family.is_unused(name)
         blocks = self.family.blocks(backbone_config)
         adapted = [isinstance(self.backbone.get_submodule(path), VtaLayer) for path in blocks]
         self.num_blocks = len(blocks)

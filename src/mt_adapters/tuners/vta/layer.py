@@ -40,7 +40,7 @@ class BlockAdapter(nn.Module):
         embedding_dim, dim = config.embedding_dim, norms[0].normalized_shape[0]
         self.attention_bias = TaskAttentionBias(grid, embedding_dim, dense=config.attention_matrix == "dense")
         if config.residual == "figure":
-            # Ours: both norms of the figure's adapter are built on the norm before the MLP.
+            # Ours: both norms of the figure's adapter are built on the MLP's norm.
             norms = (norms[1], norms[1])
         self.norm1 = TaskScaledNorm(norms[0], embedding_dim, config.norm_mode)
         self.norm2 = TaskScaledNorm(norms[1], embedding_dim, config.norm_mode)
@@ -68,13 +68,14 @@ class VtaLayer(nn.Module, BaseTunerLayer):
         self.stage = stage
         self.context = context
         self.num_prefix_tokens = family.num_prefix_tokens(backbone_config)
-        self.default_grid = family.attention_grid(backbone_config)
+        self.default_grid = family.attention_grid(backbone_config, stage)
         self.vta_adapter: Any = nn.ModuleDict()
         # Trained copies of the block itself (train_adapted_blocks).
         self.vta_block = nn.ModuleDict()
         # Task embeddings and affinity, in the first adapted block of an adapter only.
         self.vta_shared = nn.ModuleDict()
-        # What the figure's wiring needs of the running block: LN2(y) and mlp(LN2(y)).
+        # What the figure's wiring needs of the running block: what the MLP reads, LN2(y) in a pre-norm block, and
+        # what it makes of it.
         self._captured: list[Tensor] = []
         self._handles = self._hook(base_layer)
 
@@ -151,7 +152,8 @@ class VtaLayer(nn.Module, BaseTunerLayer):
             getattr(block, family.attention).register_forward_pre_hook(self._before_attention, with_kwargs=True),
             child_hook(family.norms[0], self._after_norm1),
             child_hook(family.norms[1], self._after_norm2),
-            child_hook(family.mlp, self._after_mlp),
+            getattr(block, family.mlp[0]).register_forward_pre_hook(self._before_mlp),
+            child_hook(family.mlp[1], self._after_mlp),
             # Prepended, so that whoever records the block's output sees the adapted one.
             block.register_forward_hook(self._after_block, with_kwargs=True, prepend=True),
         ]
@@ -176,12 +178,14 @@ class VtaLayer(nn.Module, BaseTunerLayer):
 
     def _after_norm2(self, norm: nn.Module, args: tuple, output_BNC: Tensor) -> Tensor | None:
         name = self.running_adapter()
-        if not name:
-            return None
-        if self.vta_adapter[name].residual == "figure":
-            self._captured = [output_BNC]
+        if not name or self.vta_adapter[name].residual == "figure":
             return None
         return self.vta_adapter[name].norm2.modulate(args[0], output_BNC, self.context.embedding(name))
+
+    def _before_mlp(self, mlp: nn.Module, args: tuple) -> None:
+        name = self.running_adapter()
+        if name and self.vta_adapter[name].residual == "figure":
+            self._captured = [args[0]]
 
     def _after_mlp(self, mlp: nn.Module, args: tuple, output_BNC: Tensor) -> None:
         name = self.running_adapter()
