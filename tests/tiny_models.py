@@ -92,6 +92,19 @@ TINY_VIT = Family(
 FAMILIES |= {
     "vit": TINY_VIT,
     "deit": TINY_VIT,
+    "dinov3_vit": TINY_VIT._replace(
+        # Rescaling is an augmentation of positions in train mode.
+        config=TINY_VIT.config | {"num_register_tokens": 3, "pos_embed_rescale": None},
+        targets=["model.layer.4", "model.layer.5"],
+        drop_path="drop_path_rate",
+        keywords={},
+    ),
+    "siglip_vision_model": TINY_VIT._replace(
+        targets=["encoder.layers.4", "encoder.layers.5"], drop_path="attention_dropout"
+    ),
+    "clip_vision_model": TINY_VIT._replace(
+        targets=["encoder.layers.4", "encoder.layers.5"], drop_path="attention_dropout"
+    ),
     "dinov2_with_registers": FAMILIES["dinov2"]._replace(config=FAMILIES["dinov2"].config | {"num_register_tokens": 3}),
     "beit": TINY_VIT._replace(
         config=TINY_VIT.config | {"use_relative_position_bias": True, "use_mean_pooling": False},

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, ViTConfig
 
 from mt_adapters.backbones.base import BackboneFamily
 from mt_adapters.backbones.table import get_family
@@ -17,15 +17,18 @@ from mt_adapters.backbones.table import get_family
 def load_backbone(source: str | Path | PreTrainedConfig) -> PreTrainedModel:
     """The headless model of a Hub id or folder with its pretrained weights in float32, or, from a config, a new one.
 
+    CLIP and SigLIP give their image encoder, MAE (`vit_mae`) gives a ViT, which masks nothing.
+
     Raises:
         ValueError: if the backbone's type is unknown, its folder does not exist, a weight is missing or has another
             shape, or the weight file is truncated or not safetensors.
     """
     if isinstance(source, PreTrainedConfig):
-        get_family(source.model_type)
-        return AutoModel.from_config(source)
+        config = image_encoder_config(source)
+        get_family(config.model_type)
+        return AutoModel.from_config(config)
     with readable_weight_errors(source):
-        config = AutoConfig.from_pretrained(source)
+        config = image_encoder_config(AutoConfig.from_pretrained(source))
         family = get_family(config.model_type)
         model, report = AutoModel.from_pretrained(
             source,
@@ -37,6 +40,14 @@ def load_backbone(source: str | Path | PreTrainedConfig) -> PreTrainedModel:
         )
     check_report(source, report, family)
     return model
+
+
+def image_encoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The part of a config that describes an image encoder for dense features."""
+    if config.model_type == "vit_mae":
+        settings, known = config.to_dict(), ViTConfig().to_dict().keys() - {"model_type"}
+        return ViTConfig(**{name: value for name, value in settings.items() if name in known})
+    return getattr(config, "vision_config", config)
 
 
 def check_report(source: str | Path, report: Mapping[str, Any], family: BackboneFamily | None = None) -> None:

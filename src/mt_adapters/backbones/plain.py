@@ -5,7 +5,7 @@ Shape suffixes: B batch, N tokens, C channels, L tokens of the grid with prefix 
 
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from mt_adapters.backbones.base import BackboneFamily, Tokens, to_map
@@ -17,9 +17,9 @@ class PlainVitFamily(BackboneFamily):
     """Stem, blocks at one resolution, final norm. A subclass names their parts."""
 
     windowed = False
-    # Paths in the model: the list of blocks, and what turns the last block's output into the last hidden state.
+    # Paths in the model: the list of blocks, and the norm, if any, from the last block's to the model's output.
     block_list: ClassVar[str]
-    final_norm: ClassVar[str] = "layernorm"
+    final_norm: ClassVar[str | None] = "layernorm"
     # Keywords of the embeddings that make them take images of any size.
     stem_keywords: ClassVar[dict[str, Any]] = {}
 
@@ -72,7 +72,8 @@ class PlainVitFamily(BackboneFamily):
 
     def run_blocks(self, model: Any, tokens: Tokens, start: int, stop: int) -> Tokens:
         hidden_BNC, maps = tokens.hidden, tokens.feature_maps
-        blocks, final_norm = (model.get_submodule(path) for path in (self.block_list, self.final_norm))
+        blocks = model.get_submodule(self.block_list)
+        final_norm = nn.Identity() if self.final_norm is None else model.get_submodule(self.final_norm)
         keywords, map_blocks = self.block_keywords(model, tokens), self.map_blocks(model.config)
         for number in range(start, stop):
             hidden_BNC = blocks[number](hidden_BNC, **keywords)

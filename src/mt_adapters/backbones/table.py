@@ -2,7 +2,9 @@
 
 from mt_adapters.backbones.base import BackboneFamily
 from mt_adapters.backbones.beit import BeitFamily
+from mt_adapters.backbones.clip import CLIPVisionFamily, SiglipVisionFamily
 from mt_adapters.backbones.dinov2 import Dinov2Family, Dinov2WithRegistersFamily
+from mt_adapters.backbones.dinov3 import DINOv3ViTFamily
 from mt_adapters.backbones.swin import SwinFamily
 from mt_adapters.backbones.swinv2 import Swinv2Family
 from mt_adapters.backbones.vit import DeiTFamily, ViTFamily
@@ -11,9 +13,12 @@ FAMILIES: dict[str, BackboneFamily] = {
     family.model_type: family
     for family in (
         BeitFamily(),
+        CLIPVisionFamily(),
         DeiTFamily(),
         Dinov2Family(),
         Dinov2WithRegistersFamily(),
+        DINOv3ViTFamily(),
+        SiglipVisionFamily(),
         SwinFamily(),
         Swinv2Family(),
         ViTFamily(),
