@@ -133,17 +133,20 @@ def test_baselines_share_one_pass_train_and_load_again(family, adapter, tmp_path
         assert_same(logits_of(VtaModel.from_adapter(tmp_path / "adapter", tmp_path / "base"), images), expected)
 
 
-def test_a_trainable_backbone_trains_and_drops_paths(tmp_path):
-    model = make_model("dinov2", adapter=None, train_backbone=True, backbone_changes={"drop_path_rate": 0.5}).train()
-    images, labels = make_images(SIZE, 4), make_labels(SIZE, 4)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trainable_backbone_trains_and_drops_paths(family, tmp_path):
+    row = FAMILIES[family]
+    model = make_model(family, adapter=None, train_backbone=True, backbone_changes={row.drop_path: 0.5}).train()
+    images, labels = make_images(row.size, 4), make_labels(row.size, 4)
     assert model.backbone.training
     assert differ(logits_of(model, images)["depth"], logits_of(model, images)["depth"])
     model(images, labels=labels).loss.backward()
-    # Without masking the mask token stands outside the graph.
-    missing = [name for name, p in model.named_parameters() if p.grad is None]
-    assert missing == ["backbone.embeddings.mask_token"]
+    for name, parameter in model.named_parameters():
+        # Mask tokens, poolers and heads stand outside the graph.
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        assert parameter.requires_grad == (not model.family.is_unused(name)), name
     with pytest.raises(ValueError, match="also trains its backbone"):
-        make_model("dinov2", train_backbone=True).save_adapter(tmp_path)
+        make_model(family, train_backbone=True).save_adapter(tmp_path)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(ALL_TASKS))[1::5])
