@@ -105,7 +105,9 @@ FAMILIES |= {
     "clip_vision_model": TINY_VIT._replace(
         targets=["encoder.layers.4", "encoder.layers.5"], drop_path="attention_dropout"
     ),
-    "dinov2_with_registers": FAMILIES["dinov2"]._replace(config=FAMILIES["dinov2"].config | {"num_register_tokens": 3}),
+    "dinov2_with_registers": FAMILIES["dinov2"]._replace(
+        config=FAMILIES["dinov2"].config | {"num_register_tokens": 3}
+    ),
     "beit": TINY_VIT._replace(
         config=TINY_VIT.config | {"use_relative_position_bias": True, "use_mean_pooling": False},
         drop_path="drop_path_rate",
@@ -180,6 +182,11 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert list(found) == list(expected)
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), f"{name}: {(found[name] - tensor).abs().max()}"
+
+
+def assert_equal_to_rounding(found: Tensor, expected: Tensor) -> None:
+    """Equal up to rounding, measured by the spread of the values: CLIP's features are not normalised."""
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.std()))
 
 
 def differ(left: Tensor, right: Tensor) -> bool:

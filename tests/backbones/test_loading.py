@@ -2,7 +2,23 @@
 
 import pytest
 import torch
-from transformers import Dinov2Config, ResNetConfig, SwinConfig
+from transformers import (
+    BeitConfig,
+    BeitForImageClassification,
+    CLIPConfig,
+    CLIPModel,
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
+    Dinov2Config,
+    ResNetConfig,
+    SiglipConfig,
+    SiglipModel,
+    SwinConfig,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+)
 
 from mt_adapters.backbones import get_family, load_backbone
 from tiny_models import FAMILIES, make_backbone, make_config
@@ -68,8 +84,51 @@ def test_the_smallest_image_works_and_a_smaller_one_is_refused(family):
         seam.check_image_size(config, smallest - 1, smallest)
 
 
+SHAPE = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+IMAGE = {"image_size": 64, "patch_size": 16}
+TWO_ENCODERS = {"vision_config": SHAPE | IMAGE, "text_config": SHAPE | {"vocab_size": 50}}
+DECODER = {f"decoder_{name}": value for name, value in SHAPE.items()}
+# Models of other tasks whose checkpoints hold an image encoder: name of the encoder in the model, its own type.
+CARRIERS = {
+    "vit_classifier": (ViTForImageClassification, ViTConfig(**SHAPE, **IMAGE), "vit", "vit"),
+    "deit_teacher": (DeiTForImageClassificationWithTeacher, DeiTConfig(**SHAPE, **IMAGE), "deit", "deit"),
+    "beit_classifier": (BeitForImageClassification, BeitConfig(**SHAPE, **IMAGE), "beit", "beit"),
+    "mae": (ViTMAEForPreTraining, ViTMAEConfig(**SHAPE, **IMAGE, **DECODER), "vit", "vit"),
+    "clip": (CLIPModel, CLIPConfig(**TWO_ENCODERS), "vision_model", "clip_vision_model"),
+    "siglip": (SiglipModel, SiglipConfig(**TWO_ENCODERS), "vision_model", "siglip_vision_model"),
+}
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_checkpoints_of_other_tasks_give_their_image_encoder(carrier, tmp_path):
+    model_class, config, encoder, model_type = CARRIERS[carrier]
+    model = model_class(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    model.save_pretrained(tmp_path)
+    loaded = load_backbone(tmp_path)
+    assert loaded.config.model_type == load_backbone(config).config.model_type == model_type
+    expected = getattr(model, encoder).state_dict()
+    family = get_family(model_type)
+    compared = {name: tensor for name, tensor in loaded.state_dict().items() if not family.is_unused(name)}
+    assert compared
+    for name, tensor in compared.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize(("window", "expected"), [(4, [4, 4, 4, 2]), (2, [2, 2, 2, 2]), (16, [16, 8, 4, 2])])
+def test_windows_of_swin_v2_are_no_larger_than_the_pretraining_map(window, expected):
+    family, backbone = get_family("swinv2"), make_backbone("swinv2", window_size=window)
+    assert [family.attention_grid(backbone.config, stage) for stage in range(4)] == [(side, side) for side in expected]
+    for stage, side in enumerate(expected):
+        assert {block.window_size for block in backbone.encoder.layers[stage].blocks} == {side}
+
+
 def test_an_unknown_backbone_type_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown backbone type 'resnet'; known are \['beit', 'deit', .*'vit'\]"):
+    with pytest.raises(
+        ValueError, match=r"unknown backbone type 'resnet'; known are \['beit', 'clip_vision_model', .*'vit'\]"
+    ):
         load_backbone(ResNetConfig())
 
 

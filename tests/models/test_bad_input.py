@@ -177,7 +177,7 @@ def test_tasks_in_another_order_than_the_adapters_are_refused(folders):
 
 
 def test_an_unknown_backbone_type_is_refused_wherever_it_comes_in():
-    message = r"unknown backbone type 'resnet'; known are \['beit', 'deit', .*'vit'\]: use one"
+    message = r"unknown backbone type 'resnet'; known are \['beit', 'clip_vision_model', .*'vit'\]: use one"
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])
     for call in (
         lambda: VtaModel.from_backbone(config, tasks=["depth"]),
