@@ -46,12 +46,12 @@ def adapt(backbone: nn.Module, **settings) -> nn.Module:
 
 @torch.no_grad()
 def tokens_of(model: nn.Module, images: Tensor, task_ids: list[int] | None = None) -> Tensor:
-    """The last hidden state; the same task for all images if one id is given."""
-    keywords = FAMILIES[model.config.model_type].keywords
-    if task_ids is None:
-        return model(images, **keywords).last_hidden_state
-    ids = task_ids * len(images) if len(task_ids) == 1 else task_ids
-    return model(images, task_ids=torch.tensor(ids), **keywords).last_hidden_state
+    """The last hidden state as tokens; the same task for all images if one id is given."""
+    keywords = dict(FAMILIES[model.config.model_type].keywords)
+    if task_ids is not None:
+        keywords["task_ids"] = torch.tensor(task_ids * len(images) if len(task_ids) == 1 else task_ids)
+    hidden = model(images, **keywords).last_hidden_state
+    return hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden
 
 
 def hooks(model: nn.Module) -> int:

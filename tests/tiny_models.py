@@ -113,6 +113,17 @@ FAMILIES |= {
         drop_path="drop_path_rate",
         keywords={},
     ),
+    "segformer": FAMILIES["swin"]._replace(
+        config={
+            "depths": [2, 2, 3, 2],
+            "hidden_sizes": [24, 32, 48, 64],
+            "num_attention_heads": [1, 2, 4, 4],
+            "mlp_ratios": [2, 2, 2, 2],
+        },
+        targets=["stages.2.blocks.2", "stages.3.blocks.0", "stages.3.blocks.1"],
+        too_small=(28, 64),
+        other_grid={"sr_ratios": [4, 4, 2, 2]},
+    ),
     # The last stage's map is smaller than the window, in which transformers then builds smaller windows.
     "swinv2": FAMILIES["swin"]._replace(config=FAMILIES["swin"].config | {"window_size": 4}, too_small=(3, 64)),
 }

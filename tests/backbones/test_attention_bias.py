@@ -1,5 +1,7 @@
 """The bias that TAA gives to a family's attention stands in the logits once, whichever implementation runs."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -39,14 +41,13 @@ def test_a_bias_is_added_to_the_logits_once(family, num_biases, monkeypatch):
         attention = getattr(backbone.get_submodule(second_of(stage)), seam.attention)
         backbone.set_attn_implementation("sdpa")
         args, kwargs = record_call(backbone, attention, images, row.keywords)
+        image_grid = seam.token_grid(backbone.config, *row.size)
         rows, columns = (
-            seam.attention_grid(backbone.config, number)
-            if seam.windowed
-            else seam.token_grid(backbone.config, *row.size)
+            seam.attention_grid(backbone.config, number) if seam.windowed else seam.bias_grid(args, kwargs, image_grid)
         )
         num_tokens = rows * columns + seam.num_prefix_tokens(backbone.config)
         bias_bLL = torch.randn(num_biases, num_tokens, num_tokens)
-        biased_args, biased_kwargs = seam.add_attention_bias(args, dict(kwargs), bias_bLL)
+        biased_args, biased_kwargs = seam.add_attention_bias(attention, args, dict(kwargs), bias_bLL)
         fused = attention(*biased_args, **biased_kwargs)[0]
 
         backbone.set_attn_implementation("eager")
@@ -58,6 +59,10 @@ def test_a_bias_is_added_to_the_logits_once(family, num_biases, monkeypatch):
         before, after = logits
         # Windows of one image stand next to each other in the batch.
         found = (after - before).unflatten(0, (len(images), -1))
-        torch.testing.assert_close(found, bias_bLL[:, None, None].expand_as(found), rtol=1e-4, atol=1e-4)
+        # SegFormer's keys stand for squares of tokens.
+        side = math.isqrt(num_tokens // found.shape[-1])
+        squares = bias_bLL.unflatten(2, (rows // side, side, columns // side, side)) if side > 1 else bias_bLL
+        expected = squares.mean((3, 5)).flatten(2) if side > 1 else bias_bLL
+        torch.testing.assert_close(found, expected[:, None, None].expand_as(found), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(fused, eager, rtol=1e-4, atol=1e-4)
         assert (eager - plain).abs().max() > 1e-3

@@ -92,13 +92,17 @@ class BackboneFamily(ABC):
 
     @abstractmethod
     def add_attention_bias(
-        self, args: tuple, kwargs: dict[str, Any], bias_bLL: Tensor
+        self, attention: nn.Module, args: tuple, kwargs: dict[str, Any], bias_bLL: Tensor
     ) -> tuple[tuple, dict[str, Any]]:
-        """The attention's arguments with a bias added to its logits, the same for all heads (and windows).
+        """The arguments of an attention module with a bias added to its logits, the same for all heads (and windows).
 
         `bias_bLL` is one bias for all samples (b = 1) or one per sample (b = B), for the patch tokens of one window or
         grid; prefix tokens are already counted in.
         """
+
+    def bias_grid(self, args: tuple, kwargs: dict[str, Any], image_grid: tuple[int, int]) -> tuple[int, int]:
+        """Token grid of a global attention from its arguments; `image_grid` is that of the first block."""
+        return image_grid
 
     def block_grid(self, args: tuple, kwargs: dict[str, Any], image_grid: tuple[int, int]) -> tuple[int, int]:
         """Token grid of a block from the arguments of its forward; `image_grid` is that of the first block."""

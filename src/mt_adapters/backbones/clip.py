@@ -1,6 +1,6 @@
 """The image encoders of CLIP and SigLIP."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -16,7 +16,7 @@ class SiglipVisionFamily(PlainVitFamily):
     block_list = "encoder.layers"
     attention = "self_attn"
     norms = ("layer_norm1", "layer_norm2")
-    final_norm = "post_layernorm"
+    final_norm: ClassVar[str | None] = "post_layernorm"
     stem_keywords = {"interpolate_pos_encoding": True}
     unused_weights = ("head",)
 
@@ -31,7 +31,7 @@ class CLIPVisionFamily(SiglipVisionFamily):
     """Norms once before the blocks; the norm behind them is for the class token alone, so that maps go without."""
 
     model_type = "clip_vision_model"
-    final_norm = None
+    final_norm: ClassVar[str | None] = None
     unused_weights = ("post_layernorm",)
 
     def num_prefix_tokens(self, config: PreTrainedConfig) -> int:

@@ -83,7 +83,7 @@ class PlainVitFamily(BackboneFamily):
         return Tokens(hidden_BNC, tokens.grid, maps)
 
     def add_attention_bias(
-        self, args: tuple, kwargs: dict[str, Any], bias_bLL: Tensor
+        self, attention: nn.Module, args: tuple, kwargs: dict[str, Any], bias_bLL: Tensor
     ) -> tuple[tuple, dict[str, Any]]:
         hidden_BNC = args[0] if args else kwargs["hidden_states"]
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")

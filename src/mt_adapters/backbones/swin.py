@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.models.swin.modeling_swin import SwinLayer
 
-from mt_adapters.backbones.base import BackboneFamily, Tokens, to_map
+from mt_adapters.backbones.base import Tokens, to_map
+from mt_adapters.backbones.hierarchical import HierarchicalFamily
 
 
-class SwinFamily(BackboneFamily):
+class SwinFamily(HierarchicalFamily):
     model_type = "swin"
     norms = ("layernorm_before", "layernorm_after")
     windowed = True
@@ -24,14 +25,8 @@ class SwinFamily(BackboneFamily):
     def stage_channels(self, config: PreTrainedConfig) -> list[int]:
         return [config.embed_dim * 2**stage for stage in range(len(config.depths))]
 
-    def map_channels(self, config: PreTrainedConfig) -> list[int]:
-        return self.stage_channels(config)
-
     def map_strides(self, config: PreTrainedConfig) -> list[int]:
         return [self.patch_size(config)[0] * 2**stage for stage in range(len(config.depths))]
-
-    def num_maps_before(self, config: PreTrainedConfig, block: int) -> int:
-        return sum(sum(config.depths[: stage + 1]) <= block for stage in range(len(config.depths)))
 
     def patch_size(self, config: PreTrainedConfig) -> tuple[int, int]:
         size = config.patch_size
@@ -39,16 +34,6 @@ class SwinFamily(BackboneFamily):
 
     def attention_grid(self, config: PreTrainedConfig, stage: int = 0) -> tuple[int, int]:
         return (config.window_size, config.window_size)
-
-    def num_prefix_tokens(self, config: PreTrainedConfig) -> int:
-        return 0
-
-    def default_targets(self, config: PreTrainedConfig) -> list[str]:
-        *earlier, last = self.stages(config)
-        if not earlier:
-            return last
-        # Paper (figure): blocks 15-18 of the 18 in stage 3, and stage 4. Ours: the rule for other depths.
-        return earlier[-1][-min(4, max(1, len(earlier[-1]) // 3)) :] + last
 
     def min_image_size(self, config: PreTrainedConfig) -> int:
         # A map smaller than its window makes transformers shrink the window, which no longer fits the trained
@@ -82,7 +67,7 @@ class SwinFamily(BackboneFamily):
         return Tokens(hidden_BNC, (rows, columns), maps)
 
     def add_attention_bias(
-        self, args: tuple, kwargs: dict[str, Any], bias_bLL: Tensor
+        self, attention: nn.Module, args: tuple, kwargs: dict[str, Any], bias_bLL: Tensor
     ) -> tuple[tuple, dict[str, Any]]:
         hidden, mask_WLL = args[0], args[1] if len(args) > 1 else kwargs.pop("attention_mask", None)
         num_samples = bias_bLL.shape[0]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from mt_adapters.backbones.swin import SwinFamily
@@ -30,7 +30,7 @@ class Swinv2Family(SwinFamily):
         return max(self.patch_size(config))
 
     def add_attention_bias(
-        self, args: tuple, kwargs: dict[str, Any], bias_bLL: Tensor
+        self, attention: nn.Module, args: tuple, kwargs: dict[str, Any], bias_bLL: Tensor
     ) -> tuple[tuple, dict[str, Any]]:
         # transformers 5.23 adds the mask to the logits twice; halves of a bias add up to it exactly.
-        return super().add_attention_bias(args, kwargs, bias_bLL / 2)
+        return super().add_attention_bias(attention, args, kwargs, bias_bLL / 2)

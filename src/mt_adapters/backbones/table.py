@@ -5,6 +5,7 @@ from mt_adapters.backbones.beit import BeitFamily
 from mt_adapters.backbones.clip import CLIPVisionFamily, SiglipVisionFamily
 from mt_adapters.backbones.dinov2 import Dinov2Family, Dinov2WithRegistersFamily
 from mt_adapters.backbones.dinov3 import DINOv3ViTFamily
+from mt_adapters.backbones.segformer import SegformerFamily
 from mt_adapters.backbones.swin import SwinFamily
 from mt_adapters.backbones.swinv2 import Swinv2Family
 from mt_adapters.backbones.vit import DeiTFamily, ViTFamily
@@ -18,6 +19,7 @@ FAMILIES: dict[str, BackboneFamily] = {
         Dinov2Family(),
         Dinov2WithRegistersFamily(),
         DINOv3ViTFamily(),
+        SegformerFamily(),
         SiglipVisionFamily(),
         SwinFamily(),
         Swinv2Family(),

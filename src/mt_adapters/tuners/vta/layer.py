@@ -164,11 +164,14 @@ class VtaLayer(nn.Module, BaseTunerLayer):
         name = self.running_adapter()
         if not name:
             return None
-        grid = self.default_grid if self.family.windowed else self.context.grid
+        grid = self.default_grid
+        if not self.family.windowed:
+            assert self.context.grid is not None
+            grid = self.family.bias_grid(args, kwargs, self.context.grid)
         bias_bLL = self.vta_adapter[name].attention_bias(self.context.embedding(name), grid)
         if self.num_prefix_tokens:
             bias_bLL = F.pad(bias_bLL, (self.num_prefix_tokens, 0, self.num_prefix_tokens, 0))
-        return self.family.add_attention_bias(args, kwargs, bias_bLL)
+        return self.family.add_attention_bias(attention, args, kwargs, bias_bLL)
 
     def _after_norm1(self, norm: nn.Module, args: tuple, output_BNC: Tensor) -> Tensor | None:
         name = self.running_adapter()
