@@ -119,7 +119,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[st
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("family", "option"), CASES)
-def test_a_fresh_process_gives_the_same_outputs(saved, family, option, way):
+def test_a_fresh_process_gives_the_same_outputs(saved, family, option, way, request):
+    if (family, option, way) == ("dinov3_vit", "all_others", "transformers"):
+        # Its rule for old DINOv3 checkpoints, "(?<!model\.)layer.", also matches the "layer_" of layer_scale1.
+        reason = "transformers 5.23 renames a trained copy's layer scales on loading and so leaves them out"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     root, expected = saved
     found = load_file(case_folder(root, family, option) / f"{way}.safetensors")
     names = [*expected[family, option][way]]
