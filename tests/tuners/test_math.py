@@ -133,7 +133,7 @@ def test_the_adapted_swin_attention_is_the_authors(reference, with_task):
     attention.relative_position_bias = GivenBias(tensors["attention.relative_position_bias"])
     task_bias = reference_bias(tensors) * (1.0 if with_task else 0.0)
 
-    args, kwargs = get_family("swin").add_attention_bias((tokens, tensors["attention.mask"]), {}, task_bias)
+    args, kwargs = get_family("swin").add_attention_bias(attention, (tokens, tensors["attention.mask"]), {}, task_bias)
     output = attention.eval()(*args, **kwargs)[0]
 
     expected = tensors["attention.output" if with_task else "attention.output_without_task"]
@@ -361,7 +361,7 @@ def test_the_softmax_sees_the_scaled_products_and_the_bias_together():
     bias, mask = torch.randn(num_samples, 4, 4), torch.randn(num_windows, 4, 4)
     relative = attention.relative_position_bias()[0, 0]
     for given in (mask, None):
-        args, kwargs = get_family("swin").add_attention_bias((tokens, given), {}, bias)
+        args, kwargs = get_family("swin").add_attention_bias(attention, (tokens, given), {}, bias)
         found = attention(*args, **kwargs)[0]
         for row in range(len(tokens)):
             sample, index = divmod(row, num_windows)
