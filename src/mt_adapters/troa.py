@@ -38,7 +38,8 @@ def position_statistics(magnitudes_TBN: Tensor) -> Tensor:
     """
     centred_TBN = magnitudes_TBN - magnitudes_TBN.mean(dim=-1, keepdim=True)
     norm_TB1 = centred_TBN.norm(dim=-1, keepdim=True)
-    counts_TB1 = norm_TB1.isfinite() & (norm_TB1 > 0)
+    # What rounding leaves of a magnitude that is the same everywhere is no pattern.
+    counts_TB1 = norm_TB1.isfinite() & (norm_TB1 > 1e-5 * magnitudes_TBN.norm(dim=-1, keepdim=True))
     unit_TBN = torch.where(counts_TB1, centred_TBN / norm_TB1, 0.0)
     counts_TB = counts_TB1.squeeze(-1).to(unit_TBN.dtype)
     return torch.stack([torch.einsum("sbn,tbn->st", unit_TBN, unit_TBN), counts_TB @ counts_TB.t()])
