@@ -146,7 +146,7 @@ class Troa(nn.Module):
     @property
     def affinity(self) -> Tensor:
         """A (T,T) float32 in [0,1], [source, target]."""
-        return torch.where(self.num_observed > 0, self._corrected_mean().clamp(0, 1), self.initial)
+        return self._signed_affinity().clamp(0, 1)
 
     @property
     def weights(self) -> Tensor:
@@ -166,7 +166,8 @@ class Troa(nn.Module):
     def update(self, observation: Tensor) -> None:
         """Takes in what one step says of the tasks.
 
-        A task whose gradient is zero (as without labels) or not finite is skipped: its entries stay as they are.
+        A task whose gradient is zero (as without labels) or not finite is skipped: its entries stay as they are. One
+        that just one half shows moves as a source (first half) or a target (second half) alone, and counts as skipped.
 
         Args:
             observation: gradients (H,T,P) of the tasks' unweighted losses, averaged over processes, with H =
@@ -182,7 +183,7 @@ class Troa(nn.Module):
         self.mean.copy_(torch.where(usable_TT, moved_TT, self.mean))
         if self.weighting == "mirror":
             moved_TT = (1 - self.mirror_rate * self.mirror_entropy) * self.log_weights
-            moved_TT = (moved_TT + self.mirror_rate * self._corrected_mean()).log_softmax(dim=0)
+            moved_TT = (moved_TT + self.mirror_rate * self._signed_affinity()).log_softmax(dim=0)
             self.log_weights.copy_(torch.where(usable_TT.any(dim=0), moved_TT, self.log_weights))
 
     def _similarity(self, observation: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,6 +205,7 @@ class Troa(nn.Module):
             similarity_TT = cosine_similarity(compared_HTP[0], compared_HTP[-1])
         return similarity_TT, usable_HT[0].unsqueeze(1) & usable_HT[-1]
 
-    def _corrected_mean(self) -> Tensor:
+    def _signed_affinity(self) -> Tensor:
+        """C (T,T): running means, corrected for their start; what was never observed is as it was given."""
         correction_TT = 1 - self.momentum ** self.num_observed.to(self.mean.dtype)
-        return torch.where(self.num_observed > 0, self.mean / correction_TT, 0.0)
+        return torch.where(self.num_observed > 0, self.mean / correction_TT, self.initial)
