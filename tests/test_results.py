@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from benchmarks.affinity_study import VARIANTS, summarize, table
+from benchmarks.affinity_study import VARIANTS, off_diagonal, summarize, table
 
 from mt_adapters.hub.card import metrics_table, model_card
 from mt_adapters.metrics import delta_m
@@ -58,6 +58,24 @@ def test_readme_shows_the_table_of_the_affinity_study():
     assert all(len(by_seed) >= 2 for by_seed in runs.values())
     assert study["summary"] == summarize(runs)
     assert table(study["summary"], len(runs["fisher"])) in (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_affinity_study_says_what_readme_says_of_it():
+    study = read(ROOMS / "affinity_study.json")
+    for seed in ("0", "1"):
+
+        def column(task: str, metric: str, of_seed: str = seed) -> dict[str, float]:
+            return {name: by_seed[of_seed]["results"][task][metric] for name, by_seed in study["runs"].items()}
+
+        normals, edges, depth = column("normals", "mean_angle"), column("edges", "f"), column("depth", "rmse")
+        assert max(normals, key=normals.get) == "one common embedding"
+        assert min(normals, key=normals.get) == max(edges, key=edges.get) == "identity"
+        assert min(depth, key=depth.get) == "fisher"
+        assert max(off_diagonal(study["runs"]["cosine"][seed]["affinity"])) < 0.1
+    correlation = {name: columns["spearman"][0] for name, columns in study["summary"].items()}
+    assert (
+        min(correlation["fisher"], correlation["spatial"]) > 0.8 > 0.6 > correlation["cosine"] > correlation["split"]
+    )
 
 
 def test_model_and_linear_probe_were_trained_alike():
