@@ -80,7 +80,8 @@ def test_the_affinity_study_says_what_readme_says_of_it():
 
 def test_model_and_linear_probe_were_trained_alike():
     model, probe = (read(ROOMS / name)["arguments"] for name in ("metrics.json", "metrics_linear_probe.json"))
-    different = {key for key in model if model[key] != probe[key]}
+    # The probe has no adapter, hence no settings of affinities.
+    different = {key for key in probe if model[key] != probe[key]}
     assert different == {"adapter", "decoder"}
 
 
@@ -88,11 +89,11 @@ def test_the_model_beats_the_linear_probe_in_all_that_readme_says_and_the_input_
     record, probe = read(ROOMS / "metrics.json"), read(ROOMS / "metrics_linear_probe.json")["results"]
     results, blind = record["results"], record["input_blind"]
     for other in (probe, blind):
+        assert results["semseg"]["miou"] > other["semseg"]["miou"]
         assert results["semseg"]["pixel_accuracy"] > other["semseg"]["pixel_accuracy"]
         assert results["depth"]["rmse"] < other["depth"]["rmse"]
         assert results["normals"]["mean_angle"] < other["normals"]["mean_angle"]
         assert results["edges"]["f"] > other["edges"]["f"]
-    assert results["semseg"]["miou"] > blind["semseg"]["miou"]
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,14 @@ Similarity = Literal["cosine", "split", "lookahead", "fisher", "spatial"]
 Weighting = Literal["average", "mirror", "identity", "uniform", "common"]
 
 
+def norms(values: Tensor) -> Tensor:
+    """Euclidean norms over the last dimension; torch's own loses digits in float32 over millions of numbers."""
+    return torch.linalg.vecdot(values, values).sqrt()
+
+
 def cosine_similarity(sources_TP: Tensor, targets_TP: Tensor) -> Tensor:
     """(T,T): cosine between row s of the sources and row t of the targets; 0 where a row is zero."""
-    norms_TT = sources_TP.norm(dim=1).unsqueeze(1) * targets_TP.norm(dim=1)
+    norms_TT = norms(sources_TP).unsqueeze(1) * norms(targets_TP)
     # Divided last: normalised copies of the gradients would take more memory than the gradients.
     return torch.where(norms_TT > 0, sources_TP @ targets_TP.t() / norms_TT, 0.0)
 
@@ -191,7 +196,7 @@ class Troa(nn.Module):
         if self.similarity == "spatial":
             sum_TT, count_TT = observation
             return sum_TT / count_TT.clamp(min=1), count_TT > 0
-        norm_HT = observation.norm(dim=-1)
+        norm_HT = norms(observation)
         usable_HT = norm_HT.isfinite() & (norm_HT > 0)
         compared_HTP = observation
         if self.similarity == "fisher":
