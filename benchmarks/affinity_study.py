@@ -3,6 +3,7 @@
     python benchmarks/affinity_study.py --data_dir ROOMS_FOLDER --jobs 2    # hours on a CPU; goes on where it stopped
     python benchmarks/affinity_study.py --variants fisher common --seeds 0 1 2
 
+"gain" is the mean relative gain (delta_m) over the run of the same seed whose tasks share one common embedding.
 Every run is one of `examples/train_multitask.py` with the settings of STUDY and VARIANTS, in its own folder under
 --output; runs that have ended are not repeated. Prints a table (mean over seeds +- half the range) and writes
 --json: results, affinities and command of every run, the table's figures, and Spearman's rank correlation of the
@@ -21,6 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from mt_adapters.metrics import delta_m
+
 PROGRAM = Path(__file__).parents[1] / "examples" / "train_multitask.py"
 RECIPE = "examples/recipes/rooms_dinov2_small.yaml"
 STUDY = {"image_size": 112, "eval_image_size": 112, "max_steps": 300, "eval_steps": 300, "num_workers": 1}
@@ -29,7 +32,6 @@ STUDY = {"image_size": 112, "eval_image_size": 112, "max_steps": 300, "eval_step
 VARIANTS: dict[str, dict[str, str]] = {
     "cosine": {"affinity_similarity": "cosine"},
     "split": {"affinity_similarity": "split"},
-    "lookahead": {"affinity_similarity": "lookahead"},
     "fisher": {"affinity_similarity": "fisher"},
     "spatial": {"affinity_similarity": "spatial"},
     "fisher, mirror": {"affinity_similarity": "fisher", "affinity_weighting": "mirror"},
@@ -37,7 +39,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "uniform": {"affinity_weighting": "uniform"},
     "one common embedding": {"affinity_weighting": "common"},
 }
-# Task -> the metric of the table and its sign in the mean gain.
+REFERENCE = "one common embedding"
 METRICS = {"semseg": "miou", "depth": "rmse", "normals": "mean_angle", "edges": "f"}
 
 
@@ -75,7 +77,11 @@ def summarize(runs: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
     for variant, by_seed in runs.items():
         columns = {
             task: [record["results"][task][metric] for record in by_seed.values()] for task, metric in METRICS.items()
-        } | {"gain": [record["mean_gain"] for record in by_seed.values()]}
+        }
+        columns["gain"] = [
+            delta_m(record["results"], runs[REFERENCE][seed]["results"], dict(zip(METRICS, METRICS, strict=True)))
+            for seed, record in by_seed.items()
+        ]
         matrices = [off_diagonal(record["affinity"]) for record in by_seed.values()]
         summary[variant] = {
             "mean": {name: statistics.fmean(values) for name, values in columns.items()},
@@ -87,7 +93,7 @@ def summarize(runs: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
 
 def table(summary: dict[str, Any], num_seeds: int) -> str:
     rows = [
-        "| variant | mIoU | depth RMSE, m | normals, ° | edges F | gain over input-blind, % | Spearman |",
+        "| variant | mIoU | depth RMSE, m | normals, ° | edges F | gain, % | Spearman |",
         "|---|---|---|---|---|---|---|",
     ]
     for variant, columns in summary.items():
@@ -110,6 +116,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/affinity_study"))
     parser.add_argument("--json", type=Path, help="where the results go; default: study.json in --output")
     arguments = parser.parse_args()
+    if REFERENCE not in arguments.variants:
+        arguments.variants.append(REFERENCE)
 
     folders = {
         (variant, seed): arguments.output / f"{variant.replace(', ', '_').replace(' ', '_')}_seed{seed}"
@@ -124,7 +132,7 @@ def main() -> None:
     runs: dict[str, dict[int, dict[str, Any]]] = {variant: {} for variant in arguments.variants}
     for (variant, seed), folder in folders.items():
         record = json.loads((folder / "metrics.json").read_text())
-        keys = ("results", "mean_gain", "affinity", "steps", "evaluation", "seconds", "command", "versions")
+        keys = ("results", "affinity", "steps", "evaluation", "seconds", "command", "versions")
         runs[variant][seed] = {key: record[key] for key in keys}
     summary = summarize(runs)
     target = arguments.json or arguments.output / "study.json"

@@ -1,7 +1,7 @@
 """The figures of the study of affinities: ranks, correlations, spreads."""
 
 import pytest
-from benchmarks.affinity_study import METRICS, off_diagonal, ranks, spearman, summarize, table
+from benchmarks.affinity_study import METRICS, REFERENCE, off_diagonal, ranks, spearman, summarize, table
 
 
 def test_ranks_share_ties():
@@ -22,19 +22,23 @@ def test_the_diagonal_is_left_out():
 
 def test_a_summary_has_means_half_ranges_and_correlations_of_all_pairs_of_seeds():
     def record(value: float, affinity: list[list[float]]) -> dict:
-        results = {task: {metric: value} for task, metric in METRICS.items()}
-        return {"results": results, "mean_gain": 10 * value, "affinity": affinity}
+        return {"results": {task: {metric: value} for task, metric in METRICS.items()}, "affinity": affinity}
 
     runs = {
         "cosine": {
             0: record(1.0, [[1.0, 0.1], [0.2, 1.0]]),
             1: record(2.0, [[1.0, 0.3], [0.4, 1.0]]),
             2: record(3.0, [[1.0, 0.4], [0.3, 1.0]]),
-        }
+        },
+        REFERENCE: dict.fromkeys(range(3), record(2.0, [[1.0, 0.1], [0.2, 1.0]])),
     }
+    # In every second task lower is better.
+    runs["cosine"][2]["results"]["semseg"]["miou"] = 4.0
     summary = summarize(runs)["cosine"]
-    assert summary["mean"] == {"semseg": 2.0, "depth": 2.0, "normals": 2.0, "edges": 2.0, "gain": 20.0}
-    assert summary["half_range"] == {"semseg": 1.0, "depth": 1.0, "normals": 1.0, "edges": 1.0, "gain": 10.0}
+    assert summary["mean"] == pytest.approx(
+        {"semseg": 7 / 3, "depth": 2.0, "normals": 2.0, "edges": 2.0, "gain": 25 / 6}
+    )
+    assert summary["half_range"] == {"semseg": 1.5, "depth": 1.0, "normals": 1.0, "edges": 1.0, "gain": 6.25}
     assert summary["spearman"] == pytest.approx([1.0, -1.0, -1.0])
-    row = "| cosine | 2.000 ± 1.000 | 2.000 ± 1.000 | 2.00 ± 1.00 | 2.000 ± 1.000 | 20.0 ± 10.0 | 1.00, -1.00, -1.00 |"
+    row = "| cosine | 2.333 ± 1.500 | 2.000 ± 1.000 | 2.00 ± 1.00 | 2.000 ± 1.000 | 4.2 ± 6.2 | 1.00, -1.00, -1.00 |"
     assert row in table(summarize(runs), 3)

@@ -380,7 +380,6 @@ def test_position_statistics_are_sums_of_correlations_over_images_that_both_task
     torch.testing.assert_close(shards, found, rtol=0, atol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="the rounding of the mean makes a constant look like a pattern")
 def test_an_image_in_which_a_gradient_is_the_same_everywhere_does_not_count() -> None:
     magnitudes_TBN = torch.rand(2, 1, 49)
     magnitudes_TBN[1] = 0.1

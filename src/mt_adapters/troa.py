@@ -13,9 +13,14 @@ Similarity = Literal["cosine", "split", "lookahead", "fisher", "spatial"]
 Weighting = Literal["average", "mirror", "identity", "uniform", "common"]
 
 
+def norms(values: Tensor) -> Tensor:
+    """Euclidean norms over the last dimension; torch's own loses digits in float32 over millions of numbers."""
+    return torch.linalg.vecdot(values, values).sqrt()
+
+
 def cosine_similarity(sources_TP: Tensor, targets_TP: Tensor) -> Tensor:
     """(T,T): cosine between row s of the sources and row t of the targets; 0 where a row is zero."""
-    norms_TT = sources_TP.norm(dim=1).unsqueeze(1) * targets_TP.norm(dim=1)
+    norms_TT = norms(sources_TP).unsqueeze(1) * norms(targets_TP)
     # Divided last: normalised copies of the gradients would take more memory than the gradients.
     return torch.where(norms_TT > 0, sources_TP @ targets_TP.t() / norms_TT, 0.0)
 
@@ -38,7 +43,8 @@ def position_statistics(magnitudes_TBN: Tensor) -> Tensor:
     """
     centred_TBN = magnitudes_TBN - magnitudes_TBN.mean(dim=-1, keepdim=True)
     norm_TB1 = centred_TBN.norm(dim=-1, keepdim=True)
-    counts_TB1 = norm_TB1.isfinite() & (norm_TB1 > 0)
+    # What rounding leaves of a magnitude that is the same everywhere is no pattern.
+    counts_TB1 = norm_TB1.isfinite() & (norm_TB1 > 1e-5 * magnitudes_TBN.norm(dim=-1, keepdim=True))
     unit_TBN = torch.where(counts_TB1, centred_TBN / norm_TB1, 0.0)
     counts_TB = counts_TB1.squeeze(-1).to(unit_TBN.dtype)
     return torch.stack([torch.einsum("sbn,tbn->st", unit_TBN, unit_TBN), counts_TB @ counts_TB.t()])
@@ -145,7 +151,7 @@ class Troa(nn.Module):
     @property
     def affinity(self) -> Tensor:
         """A (T,T) float32 in [0,1], [source, target]."""
-        return torch.where(self.num_observed > 0, self._corrected_mean().clamp(0, 1), self.initial)
+        return self._signed_affinity().clamp(0, 1)
 
     @property
     def weights(self) -> Tensor:
@@ -165,7 +171,8 @@ class Troa(nn.Module):
     def update(self, observation: Tensor) -> None:
         """Takes in what one step says of the tasks.
 
-        A task whose gradient is zero (as without labels) or not finite is skipped: its entries stay as they are.
+        A task whose gradient is zero (as without labels) or not finite is skipped: its entries stay as they are. One
+        that just one half shows moves as a source (first half) or a target (second half) alone, and counts as skipped.
 
         Args:
             observation: gradients (H,T,P) of the tasks' unweighted losses, averaged over processes, with H =
@@ -181,7 +188,7 @@ class Troa(nn.Module):
         self.mean.copy_(torch.where(usable_TT, moved_TT, self.mean))
         if self.weighting == "mirror":
             moved_TT = (1 - self.mirror_rate * self.mirror_entropy) * self.log_weights
-            moved_TT = (moved_TT + self.mirror_rate * self._corrected_mean()).log_softmax(dim=0)
+            moved_TT = (moved_TT + self.mirror_rate * self._signed_affinity()).log_softmax(dim=0)
             self.log_weights.copy_(torch.where(usable_TT.any(dim=0), moved_TT, self.log_weights))
 
     def _similarity(self, observation: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,7 +196,7 @@ class Troa(nn.Module):
         if self.similarity == "spatial":
             sum_TT, count_TT = observation
             return sum_TT / count_TT.clamp(min=1), count_TT > 0
-        norm_HT = observation.norm(dim=-1)
+        norm_HT = norms(observation)
         usable_HT = norm_HT.isfinite() & (norm_HT > 0)
         compared_HTP = observation
         if self.similarity == "fisher":
@@ -203,6 +210,7 @@ class Troa(nn.Module):
             similarity_TT = cosine_similarity(compared_HTP[0], compared_HTP[-1])
         return similarity_TT, usable_HT[0].unsqueeze(1) & usable_HT[-1]
 
-    def _corrected_mean(self) -> Tensor:
+    def _signed_affinity(self) -> Tensor:
+        """C (T,T): running means, corrected for their start; what was never observed is as it was given."""
         correction_TT = 1 - self.momentum ** self.num_observed.to(self.mean.dtype)
-        return torch.where(self.num_observed > 0, self.mean / correction_TT, 0.0)
+        return torch.where(self.num_observed > 0, self.mean / correction_TT, self.initial)

@@ -31,8 +31,8 @@ class Balancing(nn.Module):
 class Uncertainty(Balancing):
     """Learned log variances s: the loss is the sum of exp(-s_t) L_t + s_t (Kendall et al. 2018, arXiv:1705.07115).
 
-    Ours: one form for all kinds of losses, without the factor 1/2 of regression. A task without labels in a step keeps
-    its variance.
+    Ours: one form for all kinds of losses, without the factor 1/2 of regression. A task without labels in a step gives
+    its variance no gradient.
     """
 
     needs_losses = True
@@ -118,17 +118,20 @@ class GradientBalancing(Balancing):
             ) from error
 
     def aggregate(self, gradients_TP: Tensor, step: int) -> Tensor:
-        """(P,) from the gradients of the weighted losses. Gradients that agree give about their sum, as without it.
+        """(P,) from the gradients of the weighted losses. Equal gradients give their sum, as without balancing
+        (cagrad's strength c adds to it).
 
         A task without gradient takes no part: no step at all would be the one that hurts it least.
         """
         gradients_TP = gradients_TP[gradients_TP.any(dim=1)]
         if len(gradients_TP) == 0:
             return gradients_TP.sum(dim=0)
+        # torchjd gives up on gradients below an absolute size, so they all come to it with a norm of 1.
+        size = gradients_TP.norm()
         with torch.random.fork_rng(devices=[gradients_TP.device] if gradients_TP.is_cuda else []):
             # PCGrad and GradDrop draw: the same on every process and in a resumed run.
             torch.manual_seed(step)
-            return self.aggregator(gradients_TP) * (len(gradients_TP) if self.is_mean else 1)
+            return self.aggregator(gradients_TP / size) * size * (len(gradients_TP) if self.is_mean else 1)
 
 
 LOSS_BALANCING: dict[str, type[Balancing]] = {
