@@ -13,16 +13,27 @@ Similarity = Literal["cosine", "split", "lookahead", "fisher", "spatial"]
 Weighting = Literal["average", "mirror", "identity", "uniform", "common"]
 
 
+# One float32 sum over millions of numbers loses digits; sums over slices of this length, added up, do not.
+SLICE = 2**12
+
+
+def inner_products(sources_TP: Tensor, targets_TP: Tensor) -> Tensor:
+    """(T,T)."""
+    slices = zip(sources_TP.split(SLICE, dim=1), targets_TP.split(SLICE, dim=1), strict=True)
+    return torch.stack([source @ target.t() for source, target in slices]).sum(dim=0)
+
+
 def norms(values: Tensor) -> Tensor:
-    """Euclidean norms over the last dimension; torch's own loses digits in float32 over millions of numbers."""
-    return torch.linalg.vecdot(values, values).sqrt()
+    """Euclidean norms over the last dimension."""
+    slices = values.split(SLICE, dim=-1)
+    return torch.stack([torch.linalg.vecdot(piece, piece) for piece in slices]).sum(dim=0).sqrt()
 
 
 def cosine_similarity(sources_TP: Tensor, targets_TP: Tensor) -> Tensor:
     """(T,T): cosine between row s of the sources and row t of the targets; 0 where a row is zero."""
     norms_TT = norms(sources_TP).unsqueeze(1) * norms(targets_TP)
     # Divided last: normalised copies of the gradients would take more memory than the gradients.
-    return torch.where(norms_TT > 0, sources_TP @ targets_TP.t() / norms_TT, 0.0)
+    return torch.where(norms_TT > 0, inner_products(sources_TP, targets_TP) / norms_TT, 0.0)
 
 
 def lookahead_similarity(gradients_TP: Tensor) -> Tensor:
@@ -31,7 +42,7 @@ def lookahead_similarity(gradients_TP: Tensor) -> Tensor:
     <G_s, G_t> / <G_t, G_t>, the first-order gain of one task by another's step (TAG, Fifty et al. 2021,
     arXiv:2109.04617), clipped.
     """
-    products_TT = gradients_TP @ gradients_TP.t()
+    products_TT = inner_products(gradients_TP, gradients_TP)
     return (products_TT / products_TT.diagonal()).nan_to_num(0.0).clamp(0, 1)
 
 
