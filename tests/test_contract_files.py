@@ -113,7 +113,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[st
         save_file({"images": images}, folder / "images.safetensors")
         expected[family, option] = expected_of(model, images)
     folders = [str(case_folder(root, *case)) for case in CASES]
-    subprocess.run([sys.executable, "-c", FRESH_PROCESS, *folders], check=True, timeout=600)
+    subprocess.run([sys.executable, "-c", FRESH_PROCESS, *folders], check=True, timeout=300)
     return root, expected
 
 

@@ -14,7 +14,6 @@ from mt_adapters.tuners.vta import VtaLayer
 from tiny_models import (
     ALL_TASKS,
     FAMILIES,
-    assert_equal_to_rounding,
     assert_same,
     differ,
     logits_of,
@@ -96,9 +95,11 @@ def test_by_default_the_last_blocks_are_adapted(family):
 @torch.no_grad()
 def test_the_fan_out_equals_one_full_pass_per_task(family, fan_out):
     row, model = FAMILIES[family], make_model(family, fan_out=fan_out)
+    # Batches of another size round differently, and not every family's features are of the size 1: hence in double.
+    model = model.double() if fan_out == "batched" else model
     seam = model.family
     for size in (row.size, *row.other_sizes):
-        images = make_images(size)
+        images = make_images(size).to(model.dtype)
         shared = seam.run_blocks(model.backbone, seam.stem(model.backbone, images), 0, model.first_task_block)
         seen = []
         for number, (task, maps) in enumerate(model._task_maps(shared, model.tasks)):
@@ -109,7 +110,7 @@ def test_the_fan_out_equals_one_full_pass_per_task(family, fan_out):
             if fan_out == "sequential":
                 assert torch.equal(maps[-1], expected)
             else:
-                assert_equal_to_rounding(maps[-1], expected)
+                torch.testing.assert_close(maps[-1], expected, rtol=1e-5, atol=1e-5)
             seen.append(expected)
         assert all(differ(seen[0], other) for other in seen[1:]), "the tasks' features must differ"
 
@@ -168,10 +169,10 @@ def test_every_trainable_parameter_gets_a_gradient_in_one_step_and_moves_within_
 
 def test_a_batch_of_several_tasks_equals_one_run_per_task(family):
     row = FAMILIES[family]
-    model, images = randomize(adapt(make_backbone(family))).eval(), make_images(row.size, 4)
+    model, images = randomize(adapt(make_backbone(family))).eval().double(), make_images(row.size, 4).double()
     mixed = tokens_of(model, images, [2, 0, 3, 0])
     for sample, task in enumerate([2, 0, 3, 0]):
-        assert_equal_to_rounding(mixed[sample], tokens_of(model, images, [task])[sample])
+        torch.testing.assert_close(mixed[sample], tokens_of(model, images, [task])[sample], rtol=1e-5, atol=1e-5)
     assert differ(mixed[1], tokens_of(model, images, [2])[1])
 
 
@@ -235,7 +236,9 @@ def test_two_adapters_switch_and_one_is_deleted_and_added_again(family):
     second = tokens_of(model, images, [0])
     assert differ(second, base)
     # An adapter with one task needs no task_ids.
-    assert_equal_to_rounding(tokens_of(model, images), second)
+    exact = tokens_of(model.double(), images.double(), [0])
+    torch.testing.assert_close(tokens_of(model, images.double()), exact, rtol=1e-5, atol=1e-5)
+    model.float()
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
         name for name, _ in model.named_parameters() if ".second." in name
     }

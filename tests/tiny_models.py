@@ -195,11 +195,6 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(found[name], tensor), f"{name}: {(found[name] - tensor).abs().max()}"
 
 
-def assert_equal_to_rounding(found: Tensor, expected: Tensor) -> None:
-    """Equal up to rounding, measured by the spread of the values: CLIP's features are not normalised."""
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.std()))
-
-
 def differ(left: Tensor, right: Tensor) -> bool:
     """Whether two results are different by far more than rounding."""
     return bool((left - right).abs().max() > 1e-3)

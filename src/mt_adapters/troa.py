@@ -18,7 +18,7 @@ SLICE = 2**12
 
 
 def inner_products(sources_TP: Tensor, targets_TP: Tensor) -> Tensor:
-    """(T,T)."""
+    """(T,T): <row s of the sources, row t of the targets>."""
     slices = zip(sources_TP.split(SLICE, dim=1), targets_TP.split(SLICE, dim=1), strict=True)
     return torch.stack([source @ target.t() for source, target in slices]).sum(dim=0)
 
@@ -171,12 +171,12 @@ class Troa(nn.Module):
             return average_weights(self.affinity)
         if self.weighting == "mirror":
             return self.log_weights.exp()
+        identity_TT = torch.eye(len(self.initial), device=self.initial.device)
         if self.weighting == "identity":
-            return torch.eye(len(self.initial), device=self.initial.device)
-        weights_TT = torch.zeros_like(self.initial)
+            return identity_TT
         if self.weighting == "common":
-            weights_TT[0] = 1.0
-        return weights_TT if self.weighting == "common" else weights_TT + 1 / len(weights_TT)
+            return identity_TT[:, :1].expand_as(identity_TT)
+        return torch.full_like(identity_TT, 1 / len(identity_TT))
 
     @torch.no_grad()
     def update(self, observation: Tensor) -> None:

@@ -135,6 +135,9 @@ def test_recorded_hidden_states_are_the_adapted_ones(family):
     if family == "segformer":
         expected = to_map(model.stages[-1].layer_norm(expected), tuple(output.hidden_states[-1].shape[-2:]))
     assert torch.equal(output.hidden_states[-1], expected)
+    base = model.get_base_model()
+    if hasattr(base, "layernorm"):
+        assert torch.equal(base.layernorm(output.hidden_states[-1]), output.last_hidden_state)
 
 
 @pytest.mark.parametrize("residual", ["stream", "figure"])

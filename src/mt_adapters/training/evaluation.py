@@ -70,9 +70,8 @@ class InputBlind:
                 one_hot_KHW.scatter_add_(0, ids_BHW, torch.ones(label.shape, dtype=torch.float64))
                 value, known = one_hot_KHW[:-1], torch.ones((), dtype=torch.float64)
             else:
-                is_known = label.isfinite() & (label != 0 if task.kind == "depth" else True)
                 value = label.nan_to_num(0.0).double().sum(dim=0)
-                known = is_known.double().sum(dim=0)
+                known = task.labelled(label).double().sum(dim=0)
             self._sums[task.name] = self._sums.get(task.name, 0) + value
             self._counts[task.name] = self._counts.get(task.name, 0) + known
 

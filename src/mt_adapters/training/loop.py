@@ -7,6 +7,7 @@ killed and resumed ends with the same weights as one that was not.
 import math
 import shutil
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -167,10 +168,13 @@ def train(
         )
         done = state.step == steps
         if step.learns_affinity and (done or state.step % step.history_interval(steps) == 0):
-            state.affinity_history.append({"step": state.step, **step.affinity_record()})
-            affinity, names = model.affinity.tolist(), model.task_names
-            pairs = [(s, t) for s in range(len(names)) for t in range(len(names))]
-            accelerator.log({f"affinity/{names[s]}_to_{names[t]}": affinity[s][t] for s, t in pairs}, step=state.step)
+            entry = {"step": state.step, **step.affinity_record()}
+            state.affinity_history.append(entry)
+            pairs = product(enumerate(model.task_names), repeat=2)
+            accelerator.log(
+                {f"affinity/{source}_to_{target}": entry["affinity"][s][t] for (s, source), (t, target) in pairs},
+                step=state.step,
+            )
         if done or (training.eval_steps and state.step % training.eval_steps == 0):
             results = evaluate(model, validation, accelerator)
             record(state, results, mean_gain(results, baseline, model.tasks))
