@@ -85,6 +85,7 @@ class VtaModel(PreTrainedModel):
     base_model_prefix = "vta"
     main_input_name = "pixel_values"
     input_modalities = "image"
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _keep_in_fp32_modules_strict = {"affinity", "mixing_weights"}
 
