@@ -107,7 +107,7 @@ class TaskContext:
                         "(B,) of positions in its config's list of tasks, e.g. model(pixel_values, "
                         "task_ids=torch.tensor([0, 1]))"
                     )
-                task_ids = torch.zeros(1, dtype=torch.long, device=conditioning.task_embedding.device)
+                task_ids = torch.zeros(1, dtype=torch.long, device=conditioning.device)
             self._embeddings[adapter_name] = conditioning(task_ids)
         return self._embeddings[adapter_name]
 
