@@ -152,13 +152,12 @@ def test_an_adapter_without_a_named_backbone_asks_for_one(tmp_path):
 
 @families
 @pytest.mark.parametrize("other", ["same_family", "other_family"])
-@pytest.mark.parametrize("how", ["from_adapter", "peft", "transformers"])
+@pytest.mark.parametrize("how", ["peft", "transformers"])
 def test_an_adapter_of_another_backbone_is_refused_with_both_shapes(tmp_path, family, other, how):
     make_model(family, tasks=["depth"]).save_adapter(tmp_path)
     changes = FAMILIES[family].other if other == "same_family" else {}
     wrong = make_backbone(family if changes else next(name for name in FAMILIES if name != family), **changes)
     loaders = {
-        "from_adapter": lambda: VtaModel.from_adapter(tmp_path, wrong),
         "peft": lambda: PeftModel.from_pretrained(wrong, tmp_path),
         "transformers": lambda: wrong.load_adapter(tmp_path),
     }

@@ -6,24 +6,30 @@ decoder.safetensors                               what the decoders of all tasks
 task_<name>.safetensors                           decoder and head of one task
 """
 
+import copy
 import json
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from huggingface_hub import snapshot_download
 from peft import PeftConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from mt_adapters.backbones import load_backbone, readable_weight_errors
+from mt_adapters.models.vta.attach import AdapterReport, fit, renamed_keys, settings_for
 from mt_adapters.models.vta.configuration_vta import VtaConfig
 
 if TYPE_CHECKING:
     from mt_adapters.models.vta.modeling_vta import VtaModel
+
+logger = logging.get_logger(__name__)
 
 CONFIG_FILE = "vta_config.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
@@ -90,22 +96,20 @@ def save_adapter_files(model: "VtaModel", folder: Path) -> None:
     settings = config_to_dict(peft_config) | {"inference_mode": True}
     (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     (folder / CONFIG_FILE).write_text(model.config.to_json_string(use_diff=True))
-    files = split_by_file(model) | {ADAPTER_FILE: adapter_weights(model, name)}
-    for file, tensors in files.items():
-        if tensors:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+    for file, tensors in files_of(model).items():
+        save_file(tensors, folder / file, metadata={"format": "pt"})
 
 
 def load_adapter_files(
     cls: type["VtaModel"],
     source: str | Path,
     backbone: str | Path | PreTrainedConfig | PreTrainedModel | None,
-) -> "VtaModel":
+) -> tuple["VtaModel", AdapterReport]:
     with readable_weight_errors(source):
         folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(str(source)))
         config = VtaConfig.from_dict(json.loads(read_text(folder / CONFIG_FILE)))
         settings = json.loads(read_text(folder / ADAPTER_CONFIG_FILE))
-    config.adapter = settings | {"inference_mode": False}
+    settings = settings | {"inference_mode": False}
     if backbone is None:
         backbone = config.backbone_name_or_path
         if backbone is None:
@@ -114,28 +118,45 @@ def load_adapter_files(
                 "that backbone, from_adapter(..., backbone=...)"
             )
     base = backbone if isinstance(backbone, PreTrainedModel) else load_backbone(backbone)
+    # A model of the adapter's own kind, without memory, says what the files must hold.
+    own_config: Any = copy.deepcopy(config)
+    own_config.adapter = dict(settings)
+    with torch.device("meta"):
+        own = cls(own_config)
     config.backbone_config = base.config
+    config.backbone_name_or_path = settings["base_model_name_or_path"] = (
+        str(backbone) if isinstance(backbone, (str, Path)) else getattr(backbone, "name_or_path", None) or None
+    )
+    config.adapter = settings_for(settings, own_config.backbone_config, base.config)
     model = cls(config, base)
 
     # Everything is read and compared before the first tensor changes: a bad file leaves no half-loaded model.
-    expected = split_by_file(model)
-    name = model.backbone.active_adapters()[0]
-    expected[ADAPTER_FILE] = adapter_weights(model, name)
     weights = {}
-    for file, tensors in expected.items():
-        if tensors:
-            weights[file] = read_weights(folder / file)
-            check_weights(folder / file, weights[file], tensors)
-    set_peft_model_state_dict(model.backbone, weights.pop(ADAPTER_FILE), adapter_name=name)
-    for part in ("decoder", "heads"):
-        state = {
-            key.removeprefix(f"{part}."): tensor
-            for tensors in weights.values()
-            for key, tensor in tensors.items()
-            if key.startswith(f"{part}.")
-        }
-        getattr(model, part).load_state_dict(state)
-    return model.eval()
+    for file, tensors in files_of(own).items():
+        weights[file] = read_weights(folder / file)
+        check_weights(folder / file, weights[file], tensors)
+    report = AdapterReport()
+    for file, tensors in files_of(model).items():
+        found = weights.pop(file, {})
+        names: dict[str, str | None] = {key: key for key in found}
+        if file == ADAPTER_FILE:
+            names = dict(renamed_keys(list(found), PEFT_PREFIX, own, model))
+        fitting = fit(found, names, tensors, report)
+        if file == ADAPTER_FILE:
+            name = model.backbone.active_adapters()[0]
+            set_peft_model_state_dict(model.backbone, fitting, adapter_name=name)
+        else:
+            model.load_state_dict(fitting, strict=False)
+    report.unexpected_keys.extend(key for found in weights.values() for key in found)
+    if not report.is_complete:
+        logger.warning("The adapter of %s on another backbone: %s", source, report)
+    return model.eval(), report
+
+
+def files_of(model: "VtaModel") -> dict[str, dict[str, Tensor]]:
+    """{file: {key: tensor}} of an adapter's weight files."""
+    files = split_by_file(model) | {ADAPTER_FILE: adapter_weights(model, model.backbone.active_adapters()[0])}
+    return {file: tensors for file, tensors in files.items() if tensors}
 
 
 def read_text(file: Path) -> str:

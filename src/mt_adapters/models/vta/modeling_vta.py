@@ -422,19 +422,26 @@ class VtaModel(PreTrainedModel):
 
     @classmethod
     def from_adapter(
-        cls, source: str | Path, backbone: str | Path | PreTrainedConfig | PreTrainedModel | None = None
-    ) -> "VtaModel":
-        """Loads what `save_adapter` wrote on top of its backbone.
+        cls,
+        source: str | Path,
+        backbone: str | Path | PreTrainedConfig | PreTrainedModel | None = None,
+        output_loading_info: bool = False,
+    ) -> Any:
+        """Loads what `save_adapter` wrote on top of its backbone, or, as a start for training, of a new one.
+
+        On a backbone of another kind or shape, affinities and task embeddings carry over, and every tensor that has
+        a place of its shape; adapted blocks are paired from the last one on. The rest starts anew and is logged.
 
         Args:
             source: folder or Hub id.
             backbone: Hub id, folder, config or model; default: the one that the adapter was trained on.
+            output_loading_info: return (model, `AdapterReport`), which lists what was and what was not loaded.
 
         Raises:
-            ValueError: if a file is missing, truncated, not safetensors or of another model, or the backbone is not
-                of the shape that the adapter was made for.
+            ValueError: if a file is missing, truncated, not safetensors or of another model.
         """
-        return load_adapter_files(cls, source, backbone)
+        model, report = load_adapter_files(cls, source, backbone)
+        return (model, report) if output_loading_info else model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -65,7 +65,7 @@ class TaskConditioning(nn.Module):
     def forward(self, task_ids_B: Tensor) -> Tensor:
         """e_t (B,E) = sum_s w[s,t] Theta[s] for the task t of each sample."""
         weights_BT = self.mixing_weights.to(self.task_embeddings[0].dtype).t()[task_ids_B]
-        # Not a matrix product, whose rounding may depend on T: a source that is added with the weight 0 changes no bit.
+        # Not a matrix product, whose rounding may depend on T: a source with the weight 0 must change no bit.
         terms = [weights_BT[:, s, None] * embedding_E for s, embedding_E in enumerate(self.task_embeddings)]
         return sum(terms[1:], start=terms[0])
 

@@ -48,7 +48,8 @@ class VtaTuner(BaseTuner):
             raise ValueError(
                 f"the adapter was made for a backbone with {peft_config.backbone_signature}, but this one has "
                 f"{signature}: load the backbone that the adapter's base_model_name_or_path names "
-                f"({peft_config.base_model_name_or_path!r}), or train a new adapter for this one"
+                f"({peft_config.base_model_name_or_path!r}), or start from what fits this one: "
+                "VtaModel.from_adapter(..., backbone=...)"
             )
         if not peft_config.tasks or len(set(peft_config.tasks)) < len(peft_config.tasks):
             raise ValueError(
