@@ -45,7 +45,8 @@ class BlockAdapter(nn.Module):
         self.norm1 = TaskScaledNorm(norms[0], embedding_dim, config.norm_mode)
         self.norm2 = TaskScaledNorm(norms[1], embedding_dim, config.norm_mode)
         self.bottleneck = TaskBottleneck(dim, embedding_dim, config.reduction, config.activation)
-        self.skip_mergings = nn.ModuleList(skip_mergings)
+        # An adapter has one type, whatever the backbone's, so that loading does not round its weights.
+        self.skip_mergings = nn.ModuleList(skip_mergings).to(self.bottleneck.up.weight.dtype)
         self.residual = config.residual
 
 
@@ -130,6 +131,15 @@ class VtaLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError(
             "a VTA adapter cannot be merged: what it adds depends on the task and is not linear in the block's weights"
         )
+
+    def cast_trained_copy(self, adapter_name: str) -> None:
+        """Gives a trained copy of the block the block's own type, in which tokens reach it."""
+        if adapter_name in self.vta_block:
+            self.vta_block[adapter_name].to(next(self.base_layer.parameters()).dtype)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        self.cast_trained_copy(adapter_name)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, None]:
         # A block has no weight of its own; adapters keep their dtype.

@@ -34,6 +34,12 @@ class VtaTuner(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
     model: PreTrainedModel
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for module in self.model.modules():
+            if isinstance(module, VtaLayer):
+                module.cast_trained_copy(adapter_name)
+
     def train(self, mode: bool = True) -> "VtaTuner":
         super().train(mode)
         train_adapters_only(self.model, mode)
