@@ -108,9 +108,13 @@ class VtaLayer(nn.Module, BaseTunerLayer):
         return block(*args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        if adapter_name in self.vta_shared:
-            del self.context.conditioning[adapter_name]
+        # By the first block already, so that no block chooses the deleted adapter as the next active one.
+        self.context.conditioning.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
+
+    def _all_available_adapter_names(self) -> list[str]:
+        # Out of these peft chooses the next active adapter: it must be the same in blocks that hold other adapters.
+        return sorted(self.context.conditioning)
 
     def affinity_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         """What all tasks share of one adapter, without the FiLM weights.
