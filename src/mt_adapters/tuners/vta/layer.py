@@ -107,6 +107,14 @@ class VtaLayer(nn.Module, BaseTunerLayer):
         block = self.vta_block[name] if name in self.vta_block else self.base_layer
         return block(*args, **kwargs)
 
+    def remove_adapter(self, adapter_name: str) -> None:
+        """Takes the adapter out, if it is there, and leaves open which one is active."""
+        self.context.conditioning.pop(adapter_name, None)
+        for name in self.adapter_layer_names:
+            adapters = getattr(self, name)
+            if adapter_name in adapters:
+                del adapters[adapter_name]
+
     def delete_adapter(self, adapter_name: str) -> None:
         # By the first block already, so that no block chooses the deleted adapter as the next active one.
         self.context.conditioning.pop(adapter_name, None)
