@@ -144,6 +144,9 @@ class VtaLayer(nn.Module, BaseTunerLayer):
             "a VTA adapter cannot be merged: what it adds depends on the task and is not linear in the block's weights"
         )
 
+    def unmerge(self) -> None:
+        raise NotImplementedError("a VTA adapter cannot be merged, so that there is nothing to unmerge")
+
     def cast_trained_copy(self, adapter_name: str) -> None:
         """Gives a trained copy of the block the block's own type, in which tokens reach it."""
         if adapter_name in self.vta_block:
