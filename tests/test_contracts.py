@@ -280,7 +280,8 @@ def test_adapter_keys_start_with_the_prefix_and_the_first_block_hosts_what_is_sh
         assert has_prefix == (name in added) == parameter.requires_grad, name
     assert len(base_names) + len(added) == len(list(model.parameters()))
     host = f"{FAMILIES[family].targets[0]}.vta_shared.default"
-    assert [name for name in added if "task_embedding" in name] == [f"{host}.task_embedding"]
+    embeddings = [name for name in added if "task_embedding" in name]
+    assert embeddings == [f"{host}.task_embeddings.{task}" for task in range(len(TASKS))]
     assert [name for name, _ in model.named_buffers() if "affinity" in name] == [f"{host}.affinity"]
 
 

@@ -174,7 +174,9 @@ def test_permuted_tasks_with_permuted_embeddings_and_affinities_give_the_same_fe
     with torch.no_grad():
         before = [model.backbone(images, task_ids=torch.full((2,), t)).last_hidden_state for t in (0, 1)]
         conditioning = find_context(model).conditioning["default"]
-        conditioning.task_embedding.copy_(conditioning.task_embedding.flip(0))
+        embeddings = [embedding.clone() for embedding in conditioning.task_embeddings]
+        for embedding, flipped in zip(conditioning.task_embeddings, reversed(embeddings), strict=True):
+            embedding.copy_(flipped)
         conditioning.set_affinity(conditioning.affinity.flip(0, 1), conditioning.mixing_weights.flip(0, 1))
         after = [model.backbone(images, task_ids=torch.full((2,), t)).last_hidden_state for t in (1, 0)]
     for left, right in zip(before, after, strict=True):

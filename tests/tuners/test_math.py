@@ -316,7 +316,7 @@ def test_the_condition_is_the_weighted_sum_of_the_source_embeddings():
         expected = torch.zeros(4)
         for source in range(3):
             weight = AFFINITY[source][task] / total if total else float(source == task)
-            expected += weight * conditioning.task_embedding[source]
+            expected += weight * conditioning.task_embeddings[source]
         torch.testing.assert_close(conditioning(task_ids)[row], expected)
 
 
@@ -325,7 +325,8 @@ def test_a_fresh_affinity_is_the_identity_and_has_no_gradient():
     assert torch.equal(conditioning.affinity, torch.eye(3))
     conditioning(torch.tensor([0, 1])).sum().backward()
     assert not conditioning.affinity.requires_grad
-    assert torch.equal(conditioning.task_embedding.grad, torch.tensor([[1.0] * 4, [1.0] * 4, [0.0] * 4]))
+    gradients = [embedding.grad for embedding in conditioning.task_embeddings]
+    assert torch.equal(torch.stack(gradients), torch.tensor([[1.0] * 4, [1.0] * 4, [0.0] * 4]))
 
 
 @pytest.mark.parametrize(
@@ -344,13 +345,13 @@ def test_the_affinity_stays_float32_and_exact_under_casts(cast):
     conditioning = conditioning_with(exact.tolist())
     before = {name: buffer.clone() for name, buffer in conditioning.named_buffers()}
     cast(conditioning)
-    assert conditioning.task_embedding.dtype != torch.float32
+    assert conditioning.task_embeddings[0].dtype != torch.float32
     assert set(before) == {"affinity", "mixing_weights"}
     for name, buffer in conditioning.named_buffers():
         assert buffer.dtype == torch.float32
         assert torch.equal(buffer, before[name])
         assert buffer is getattr(conditioning, name)
-    assert conditioning(torch.tensor([1])).dtype == conditioning.task_embedding.dtype
+    assert conditioning(torch.tensor([1])).dtype == conditioning.task_embeddings[0].dtype
 
 
 def test_the_softmax_sees_the_scaled_products_and_the_bias_together():

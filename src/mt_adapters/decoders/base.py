@@ -83,6 +83,12 @@ class Decoder(nn.Module):
         """Whether all tasks get the same output: one decoder on maps that are all shared."""
         return self.share_between_tasks and self.num_shared == len(self.channels)
 
+    def add_task(self, name: str) -> None:
+        """Adds a task with a new decoder, or behind the shared one; those of the other tasks stay."""
+        self.task_names.append(name)
+        if not self.share_between_tasks:
+            self.tasks[name] = self.build_task()
+
     def prepare(self, shared_maps: Sequence[Tensor]) -> list[Tensor]:
         """What all tasks need of the first `num_shared` maps [(B, C_i, H_i, W_i)]; call it once per image."""
         prepared = self.shared["prepare"](shared_maps)

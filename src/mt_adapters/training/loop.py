@@ -39,7 +39,7 @@ from mt_adapters.training.step import MultitaskStep
 logger = logging.get_logger(__name__)
 
 # Biases and embeddings that have the shape of a matrix.
-NO_DECAY = ("task_embedding", "position_embeddings", "relative_position_bias_table", "cls_token", "mask_token")
+NO_DECAY = ("position_embeddings", "relative_position_bias_table", "cls_token", "mask_token")
 
 
 def parameter_groups(model: VtaModel, training: TrainingArguments) -> list[dict[str, Any]]:

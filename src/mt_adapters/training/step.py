@@ -82,7 +82,9 @@ class MultitaskStep:
         self.num_passes = num_passes
         self.troa: Troa | None = None
         self.affinity_parameters: list[nn.Parameter] = []
-        if self.interval > 0 and model.has_affinity:
+        # Where only a new task is trained, affinities stay as they are, and with them the other tasks' outputs.
+        self.trained = {name for name, head in model.heads.items() if next(head.parameters()).requires_grad}
+        if self.interval > 0 and model.has_affinity and len(self.trained) == num_tasks:
             self.affinity_parameters = model.affinity_parameters(arguments.affinity_parameters == "first_block")
             conditioning = model.conditioning
             num_parameters = sum(parameter.numel() for parameter in self.affinity_parameters)
@@ -147,7 +149,7 @@ class MultitaskStep:
             ValueError: for wrong input.
         """
         run = self._joint_backward if self.is_joint else self._backward_per_task
-        losses = run(pixel_values, dict(labels))
+        losses = run(pixel_values, {name: label for name, label in labels.items() if name in self.trained})
         self.passes_done += 1
         for number, task in enumerate(self.model.tasks if self.balancing.needs_losses else ()):
             if task.name in losses and task.labelled(labels[task.name]).any():

@@ -85,6 +85,7 @@ class VtaModel(PreTrainedModel):
     base_model_prefix = "vta"
     main_input_name = "pixel_values"
     input_modalities = "image"
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _keep_in_fp32_modules_strict = {"affinity", "mixing_weights"}
 
@@ -378,6 +379,38 @@ class VtaModel(PreTrainedModel):
                 report[counted]["total"] += parameter.numel()
                 report[counted]["trainable"] += parameter.numel() if parameter.requires_grad else 0
         return report
+
+    @torch.no_grad()
+    def add_task(self, task: str | dict[str, Any], freeze_others: bool = False) -> None:
+        """Adds a task with a new embedding, decoder and head beside trained ones, whose outputs stay the same.
+
+        They do so to the last bit (with fan_out="batched" to rounding). The affinities between the new task and the
+        others are 0 until training learns them. Call it before an optimiser or Accelerate takes the parameters.
+
+        Args:
+            task: name or dict, as in `from_backbone`.
+            freeze_others: train only what the new task adds, so that the others' outputs also stay the same in
+                training; affinities are then not learned.
+
+        Raises:
+            ValueError: if the task is unknown or its name is taken.
+        """
+        *_, added = tasks = get_tasks([*(self.config.tasks or ()), task])
+        if freeze_others:
+            self.requires_grad_(False)
+        like = next(self.heads.parameters())
+        if self.has_affinity:
+            self.conditioning.add_task()
+            adapter: Any = self.backbone.peft_config[self.backbone.active_adapters()[0]]
+            adapter.tasks = [task.name for task in tasks]
+            self.config.adapter = config_to_dict(adapter)
+        self.decoder.add_task(added.name)
+        self.heads[added.name] = nn.Conv2d(self.decoder.out_channels, added.num_channels, 1)
+        for modules in (self.decoder.tasks, self.heads):
+            if added.name in modules:
+                modules[added.name].to(like.device, like.dtype).train(self.training)
+        self.tasks = tasks
+        self.config.tasks = [task.to_dict() for task in tasks]
 
     def save_adapter(self, folder: str | Path) -> None:
         """Writes the adapter in peft's format, and decoders and heads beside it, one file per task.

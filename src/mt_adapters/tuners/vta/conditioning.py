@@ -12,9 +12,10 @@ from torch import Tensor, nn
 class TaskConditioning(nn.Module):
     """Task embeddings and the affinities that mix them (METHOD section 2).
 
-    `task_embedding` (T,E) is learned by the optimiser. `affinity` (T,T), float32 in [0,1], and `mixing_weights` (T,T),
-    whose columns sum to 1, are [source, target] buffers without gradient and stay float32 whatever type the model is
-    cast to; both start as the identity.
+    `task_embeddings`, T vectors (E,), are learned by the optimiser; apart from each other, so that one can be trained
+    beside frozen ones. `affinity` (T,T), float32 in [0,1], and `mixing_weights` (T,T), whose columns sum to 1, are
+    [source, target] buffers without gradient and stay float32 whatever type the model is cast to; both start as the
+    identity.
     """
 
     affinity: Tensor
@@ -22,19 +23,24 @@ class TaskConditioning(nn.Module):
 
     def __init__(self, num_tasks: int, embedding_dim: int) -> None:
         super().__init__()
-        self.task_embedding = nn.Parameter(torch.empty(num_tasks, embedding_dim))
+        self.task_embeddings = nn.ParameterList(torch.empty(embedding_dim) for _ in range(num_tasks))
         for name in ("affinity", "mixing_weights"):
             self.register_buffer(name, torch.empty(num_tasks, num_tasks, dtype=torch.float32))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.task_embedding)
+        for embedding_E in self.task_embeddings:
+            nn.init.normal_(embedding_E)
         nn.init.eye_(self.affinity)
         nn.init.eye_(self.mixing_weights)
 
     @property
     def num_tasks(self) -> int:
-        return self.task_embedding.shape[0]
+        return len(self.task_embeddings)
+
+    @property
+    def device(self) -> torch.device:
+        return self.task_embeddings[0].device
 
     @torch.no_grad()
     def set_affinity(self, affinity_TT: Tensor, mixing_weights_TT: Tensor) -> None:
@@ -42,10 +48,26 @@ class TaskConditioning(nn.Module):
         self.affinity.copy_(affinity_TT)
         self.mixing_weights.copy_(mixing_weights_TT)
 
+    @torch.no_grad()
+    def add_task(self) -> None:
+        """Adds a task that has no affinity to the others.
+
+        Ours: it starts as the mean of the conditions of the others, which the adapters already know.
+        """
+        num_tasks = self.num_tasks
+        conditions_TE = self(torch.arange(num_tasks, device=self.device))
+        self.task_embeddings.append(conditions_TE.mean(dim=0))
+        for name in ("affinity", "mixing_weights"):
+            extended_TT = torch.eye(num_tasks + 1, device=self.device)
+            extended_TT[:num_tasks, :num_tasks] = getattr(self, name)
+            setattr(self, name, extended_TT)
+
     def forward(self, task_ids_B: Tensor) -> Tensor:
         """e_t (B,E) = sum_s w[s,t] Theta[s] for the task t of each sample."""
-        weights_BT = self.mixing_weights.to(self.task_embedding.dtype).t()[task_ids_B]
-        return weights_BT @ self.task_embedding
+        weights_BT = self.mixing_weights.to(self.task_embeddings[0].dtype).t()[task_ids_B]
+        # Not a matrix product, whose rounding may depend on T: a source that is added with the weight 0 changes no bit.
+        terms = [weights_BT[:, s, None] * embedding_E for s, embedding_E in enumerate(self.task_embeddings)]
+        return sum(terms[1:], start=terms[0])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TaskConditioning":
         exact = dict(self.named_buffers())

@@ -3,8 +3,10 @@
 Shape suffixes: B batch, N tokens, C channels, E embedding, b = 1 or B.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -37,6 +39,7 @@ class TaskContext:
     def end(self) -> None:
         self.task_ids = self.grid = self.skip_BNC = self.skip_grid = None
         self._embeddings: dict[str, Tensor] = {}
+        self._is_checkpointed = False
 
     @contextmanager
     def condition(self, task_ids_b: Tensor, grid: tuple[int, int]) -> Iterator[None]:
@@ -46,6 +49,47 @@ class TaskContext:
             yield
         finally:
             self.end()
+
+    def keep_tasks(self, checkpoint: Callable) -> Callable:
+        """The same gradient checkpointing, `checkpoint(function, *args)`, with what `self.checkpoint` adds to it."""
+        keeps_them = getattr(checkpoint, "func", None) == self.checkpoint
+        return checkpoint if keeps_them else partial(self.checkpoint, checkpoint)
+
+    def checkpoint(self, checkpoint: Callable, function: Callable, *args: Any) -> Any:
+        """Runs `function` under gradient checkpointing.
+
+        Its second run, in the backward pass when the context is long gone, sees what the first one saw.
+
+        Raises:
+            ValueError: if the checkpointing is reentrant.
+        """
+        if getattr(checkpoint, "keywords", {}).get("use_reentrant") is not False:
+            raise ValueError(
+                "gradient checkpointing of a VTA backbone must not be reentrant, which loses the gradients of the "
+                'adapters: model.gradient_checkpointing_enable({"use_reentrant": False})'
+            )
+        if self._is_checkpointed:
+            return function(*args)
+        seen, runs = self._state(), count()
+
+        def run(*args: Any) -> Any:
+            now, is_first = self._state(), next(runs) == 0
+            if not is_first:
+                vars(self).update(seen | {"_embeddings": dict(seen["_embeddings"])})
+            self._is_checkpointed = True
+            try:
+                return function(*args)
+            finally:
+                if is_first:
+                    # What the block hands on stays.
+                    self._is_checkpointed = False
+                else:
+                    vars(self).update(now)
+
+        return checkpoint(run, *args)
+
+    def _state(self) -> dict[str, Any]:
+        return vars(self) | {"_embeddings": dict(self._embeddings)}
 
     def embedding(self, adapter_name: str) -> Tensor:
         """e_t (b,E) of the tasks at hand.
@@ -63,7 +107,7 @@ class TaskContext:
                         "(B,) of positions in its config's list of tasks, e.g. model(pixel_values, "
                         "task_ids=torch.tensor([0, 1]))"
                     )
-                task_ids = torch.zeros(1, dtype=torch.long, device=conditioning.task_embedding.device)
+                task_ids = torch.zeros(1, dtype=torch.long, device=conditioning.device)
             self._embeddings[adapter_name] = conditioning(task_ids)
         return self._embeddings[adapter_name]
 

@@ -8,6 +8,7 @@ Shape suffixes: B batch, N tokens, C channels, E embedding, L tokens of one wind
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,6 +55,9 @@ class VtaLayer(nn.Module, BaseTunerLayer):
     """Wraps one transformer block; holds one `BlockAdapter` per adapter name."""
 
     adapter_layer_names = ("vta_adapter", "vta_block", "vta_shared")
+    # Both are set by transformers on every module that has the first.
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable
 
     def __init__(
         self,
@@ -104,8 +108,17 @@ class VtaLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         name = self.running_adapter()
-        block = self.vta_block[name] if name in self.vta_block else self.base_layer
-        return block(*args, **kwargs)
+        block: Any = self.vta_block[name] if name in self.vta_block else self.base_layer
+        try:
+            if not (self.gradient_checkpointing and self.vta_adapter.training and torch.is_grad_enabled()):
+                return block(*args, **kwargs)
+            if hasattr(block, "gradient_checkpointing"):
+                # The block is run again together with what is added to it, hence not by itself.
+                block.gradient_checkpointing = False
+            checkpoint = self.context.keep_tasks(self._gradient_checkpointing_func)
+            return checkpoint(partial(block, **kwargs), *args)
+        finally:
+            self._captured = []
 
     def remove_adapter(self, adapter_name: str) -> None:
         """Takes the adapter out, if it is there, and leaves open which one is active."""
@@ -138,6 +151,9 @@ class VtaLayer(nn.Module, BaseTunerLayer):
     def remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
+        block: Any = self.base_layer
+        if hasattr(block, "gradient_checkpointing"):
+            block.gradient_checkpointing = self.gradient_checkpointing
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise NotImplementedError(
@@ -231,7 +247,7 @@ class VtaLayer(nn.Module, BaseTunerLayer):
             added_BNC = adapter.bottleneck(self._add_skip(adapter, args[0]), embedding_bE)
             hidden_BNC = hidden_BNC + added_BNC
         else:
-            (normed_BNC, mlp_BNC), self._captured = self._captured, []
+            normed_BNC, mlp_BNC = self._captured
             merged_BNC = adapter.norm1(mlp_BNC + normed_BNC, embedding_bE)
             added_BNC = adapter.bottleneck(self._add_skip(adapter, merged_BNC), embedding_bE)
             hidden_BNC = adapter.norm2(added_BNC + normed_BNC, embedding_bE)

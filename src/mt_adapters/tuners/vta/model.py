@@ -117,6 +117,9 @@ class VtaTuner(BaseTuner):
                 context = TaskContext()
                 add_task_ids_keyword(model, context)
             layer = VtaLayer(target, family, config, stage, context)
+            for module in checkpointed_modules(model)[:1]:
+                layer.gradient_checkpointing = True
+                layer._gradient_checkpointing_func = module._gradient_checkpointing_func
             layer.set_adapter([adapter_name])
             self._replace_module(parent, target_name, layer, target)
         layer.update_layer(adapter_name, peft_config, mergings, peft_config.inference_mode)
@@ -188,6 +191,7 @@ class TaskIdsKeyword:
         if task_ids is not None and running:
             num_tasks = self.context.conditioning[running.pop()].num_tasks
             task_ids = check_task_ids(task_ids, num_tasks, batch_size).to(pixel_values.device)
+        prepare_checkpointing(model, self.context)
         self.context.begin(task_ids, family.token_grid(model.config, height, width))
         return args, kwargs
 
@@ -202,6 +206,20 @@ class TaskIdsKeyword:
 def add_task_ids_keyword(model: Any, context: TaskContext) -> None:
     # Kept on the model, because transformers throws the tuner object away after injection.
     model._vta_task_ids = TaskIdsKeyword(model, context)
+
+
+def prepare_checkpointing(model: PreTrainedModel, context: TaskContext) -> None:
+    """Lets the stages that transformers checkpoints, adapted blocks inside, find the tasks when they run again."""
+    # transformers and peft make the embeddings' output ask for a gradient, which only reentrant checkpointing needs:
+    # frozen blocks would keep their activations, and Swin's embeddings return a tuple, on which that fails.
+    model.disable_input_require_grads()
+    for module in checkpointed_modules(model):
+        module._gradient_checkpointing_func = context.keep_tasks(module._gradient_checkpointing_func)
+
+
+def checkpointed_modules(model: nn.Module) -> list[Any]:
+    """Those that transformers has told to run again in the backward pass."""
+    return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
 
 
 def train_adapters_only(model: nn.Module, mode: bool) -> None:
