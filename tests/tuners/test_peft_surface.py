@@ -266,7 +266,7 @@ def test_wrapping_twice_warns_and_a_name_used_again_is_a_new_adapter(family):
     assert torch.equal(base_features(model, images), plain)
     layers = {name: layer for name, layer in backbone.named_modules() if isinstance(layer, VtaLayer)}
     assert [name for name, layer in layers.items() if "default" in layer.vta_adapter] == other_targets(family)
-    assert find_context(model).conditioning["default"].task_embedding.shape == (1, 8)
+    assert [tuple(p.shape) for p in find_context(model).conditioning["default"].parameters()] == [(8,)]
     assert all(p.requires_grad == (".default." in name) for name, p in model.named_parameters())
     randomize(model)
     assert differ(base_features(model, images), plain)

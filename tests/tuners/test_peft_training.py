@@ -55,7 +55,7 @@ def test_only_embeddings_of_tasks_that_act_in_the_batch_get_a_gradient(family):
     for affinity_TT, acting in ((torch.eye(4), [0, 2]), (helps, [0, 1, 2])):
         conditioning.set_affinity(affinity_TT, average_weights(affinity_TT))
         gradients(model, images, [2, 0], torch.ones(1))
-        found = [task for task, row in enumerate(conditioning.task_embedding.grad) if row.any()]
+        found = [task for task, row in enumerate(conditioning.task_embeddings) if row.grad.any()]
         assert found == acting
 
 
