@@ -46,7 +46,8 @@ class BlockAdapter(nn.Module):
         self.norm1 = TaskScaledNorm(norms[0], embedding_dim, config.norm_mode)
         self.norm2 = TaskScaledNorm(norms[1], embedding_dim, config.norm_mode)
         self.bottleneck = TaskBottleneck(dim, embedding_dim, config.reduction, config.activation)
-        self.skip_mergings = nn.ModuleList(skip_mergings)
+        # An adapter has one type, whatever the backbone's, so that loading does not round its weights.
+        self.skip_mergings = nn.ModuleList(skip_mergings).to(self.bottleneck.up.weight.dtype)
         self.residual = config.residual
 
 
@@ -119,10 +120,22 @@ class VtaLayer(nn.Module, BaseTunerLayer):
         finally:
             self._captured = []
 
+    def remove_adapter(self, adapter_name: str) -> None:
+        """Takes the adapter out, if it is there, and leaves open which one is active."""
+        self.context.conditioning.pop(adapter_name, None)
+        for name in self.adapter_layer_names:
+            adapters = getattr(self, name)
+            if adapter_name in adapters:
+                del adapters[adapter_name]
+
     def delete_adapter(self, adapter_name: str) -> None:
-        if adapter_name in self.vta_shared:
-            del self.context.conditioning[adapter_name]
+        # By the first block already, so that no block chooses the deleted adapter as the next active one.
+        self.context.conditioning.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
+
+    def _all_available_adapter_names(self) -> list[str]:
+        # Out of these peft chooses the next active adapter: it must be the same in blocks that hold other adapters.
+        return sorted(self.context.conditioning)
 
     def affinity_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         """What all tasks share of one adapter, without the FiLM weights.
@@ -146,6 +159,18 @@ class VtaLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError(
             "a VTA adapter cannot be merged: what it adds depends on the task and is not linear in the block's weights"
         )
+
+    def unmerge(self) -> None:
+        raise NotImplementedError("a VTA adapter cannot be merged, so that there is nothing to unmerge")
+
+    def cast_trained_copy(self, adapter_name: str) -> None:
+        """Gives a trained copy of the block the block's own type, in which tokens reach it."""
+        if adapter_name in self.vta_block:
+            self.vta_block[adapter_name].to(next(self.base_layer.parameters()).dtype)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        self.cast_trained_copy(adapter_name)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, None]:
         # A block has no weight of its own; adapters keep their dtype.

@@ -34,6 +34,29 @@ class VtaTuner(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
     model: PreTrainedModel
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        try:
+            check_adapter_names(model, adapter_name, list(self.peft_config))
+            # get_peft_model takes a name twice: what the new adapter does not replace must not stay.
+            self._remove_adapter(model, adapter_name)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            # transformers' add_adapter leaves the name taken, PeftModel's a half-made adapter.
+            self._remove_adapter(model, adapter_name)
+            self.peft_config.pop(adapter_name, None)
+            raise
+
+    def _remove_adapter(self, model: nn.Module, adapter_name: str) -> None:
+        for module in model.modules():
+            if isinstance(module, VtaLayer):
+                module.remove_adapter(adapter_name)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for module in self.model.modules():
+            if isinstance(module, VtaLayer):
+                module.cast_trained_copy(adapter_name)
+
     def train(self, mode: bool = True) -> "VtaTuner":
         super().train(mode)
         train_adapters_only(self.model, mode)
@@ -125,6 +148,28 @@ class VtaTuner(BaseTuner):
         if not separator or not rest.startswith(f"{adapter_name}."):
             return key
         return f"{head}{separator}{attribute}.{rest.removeprefix(f'{adapter_name}.')}"
+
+
+def check_adapter_names(model: nn.Module, new_name: str, names: list[str]) -> None:
+    """
+    Raises:
+        ValueError: if torch allows no submodule of the new name, or peft could not save one of several adapters.
+    """
+    try:
+        nn.ModuleDict({new_name: nn.Identity()})
+    except KeyError as error:
+        raise ValueError(f"{new_name!r} cannot be the name of an adapter, choose another: {error.args[0]}") from error
+    parts: set[str] = set()
+    for key in model.state_dict():
+        without_name = [VtaTuner._remove_adapter_name_from_key(key, name) for name in names]
+        parts.update(min(without_name, key=len).split("."))
+    clashing = sorted(parts.intersection(names))
+    if len(names) > 1 and clashing:
+        # peft leaves every key with such a name in it out of the other adapters' files.
+        raise ValueError(
+            f"of the adapters {names}, {clashing} are also names of modules inside the model; with several "
+            "adapters peft cannot tell them apart: choose other names"
+        )
 
 
 class TaskIdsKeyword:
