@@ -5,7 +5,7 @@ The demo's adapter on a pretrained DINOv2, trained on the rooms sample:
     python examples/attach_to_backbone.py outputs/demo/adapter --backbone facebook/dinov2-small --max_steps 200
 
 Affinities, task embeddings and every tensor that has a place of its shape carry over; the report that is printed first
-names the others. All settings of train_multitask.py are options here too, or come from a `--recipe`; tasks, adapter and
+names the others. Every setting of train_multitask.py is an option here too, or comes from a `--recipe`; tasks, adapter and
 decoder are those of the adapter. `--no_scratch` leaves out the training from scratch.
 
 Writes to output_dir: adapter/, attached.json (the report, the losses of every step and the results of both trainings),
@@ -23,12 +23,12 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import set_seed
 from peft import PeftConfig
-from transformers import AutoConfig
+from transformers import AutoConfig, HfArgumentParser
 
 from mt_adapters import VtaImageProcessorPil, VtaModel
 from mt_adapters.data import get_dataset
 from mt_adapters.hub.card import metrics_table
-from mt_adapters.training.arguments import parse_arguments
+from mt_adapters.training.arguments import SECTIONS, parse_arguments
 from mt_adapters.training.evaluation import input_blind_results
 from mt_adapters.training.loop import train
 
@@ -70,16 +70,16 @@ def steps_to_reach(loss: float, losses: list[float]) -> int | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("adapter", help="folder or Hub id of the trained adapter")
+    parser = HfArgumentParser(SECTIONS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trained_adapter", help="folder or Hub id of the trained adapter")
     parser.add_argument("--no_scratch", action="store_true", help="do not train from scratch for comparison")
-    ours, rest = parser.parse_known_args()
-    model_arguments, data, training, multitask = parse_arguments(DEMO, rest)
+    model_arguments, data, training, multitask = parse_arguments(DEMO, parser=parser)
+    ours = parser.parse_known_args()[0]
     backbone = model_arguments.backbone or AutoConfig.for_model(**(model_arguments.backbone_config or {}))
     output = Path(training.output_dir)
 
     set_seed(training.seed)
-    attached, report = VtaModel.from_adapter(ours.adapter, backbone=backbone, output_loading_info=True)
+    attached, report = VtaModel.from_adapter(ours.trained_adapter, backbone=backbone, output_loading_info=True)
     print(report)
     config = attached.config
     models = {"attached": attached}

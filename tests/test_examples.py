@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModel, SwinConfig
 
 from mt_adapters import VtaModel
 from mt_adapters.hub.card import COLUMNS, affinity_table
@@ -237,6 +238,25 @@ def test_the_backbone_can_be_trained_from_random_weights(tmp_path: Path, rooms_f
     assert load_file(output / "model.safetensors")
 
 
+def test_an_adapter_is_trained_on_another_backbone_and_compared_with_one_from_scratch(
+    tmp_path: Path, trained: Path, recipe: Path
+) -> None:
+    other, output = tmp_path / "other", tmp_path / "attached"
+    AutoModel.from_config(SwinConfig(**BACKBONE_CONFIG | {"depths": [1, 1, 2, 2]})).save_pretrained(other)
+    options = ("--recipe", recipe, "--backbone", other, "--max_steps", 4, "--output_dir", output)
+    printed = run_program("attach_to_backbone.py", trained / "adapter", *options)
+    assert re.search(r"\d+ tensors carried over, \d+ start anew", printed)
+    record = json.loads((output / "attached.json").read_text())
+    assert str(record["report"]["missing_keys"][0]) in printed
+    assert {name: len(losses) for name, losses in record["losses"].items()} == {"attached": 4, "from scratch": 4}
+    assert record["losses"]["attached"] != record["losses"]["from scratch"]
+    assert set(record["results"]["attached"]) == set(TASKS)
+    assert printed.count("| semseg | mIoU |") == 1
+    assert re.findall(r"\n\| (\d) \| \d", printed) == ["1", "2", "3", "4"]
+    model = VtaModel.from_adapter(output / "adapter")
+    assert model.config.backbone_name_or_path == str(other)
+
+
 def fails(name: str, *arguments: object) -> str:
     with pytest.raises(AssertionError) as error:
         run_program(name, *arguments)
@@ -256,7 +276,7 @@ def test_two_backbones_at_once_are_refused(tmp_path: Path, rooms_folder: Path, b
     )
 
 
-@pytest.mark.parametrize("program", ["evaluate.py", "predict.py"])
+@pytest.mark.parametrize("program", ["evaluate.py", "predict.py", "attach_to_backbone.py"])
 def test_a_program_explains_itself_with_its_docstring(program: str) -> None:
     docstring = (EXAMPLES / program).read_text().split('"""')[1]
     assert docstring.strip() in run_program(program, "--help")

@@ -155,13 +155,18 @@ Arguments = tuple[ModelArguments, DataArguments, TrainingArguments, MultitaskArg
 SECTIONS = (ModelArguments, DataArguments, TrainingArguments, MultitaskArguments)
 
 
-def parse_arguments(default_recipe: Path | None = None, argv: Sequence[str] | None = None) -> Arguments:
+def parse_arguments(
+    default_recipe: Path | None = None, argv: Sequence[str] | None = None, parser: HfArgumentParser | None = None
+) -> Arguments:
     """Reads `--recipe FILE` (default: `default_recipe`) and the command line.
+
+    Args:
+        parser: a parser of `SECTIONS` that has more options; default: one without.
 
     Raises:
         ValueError: if the recipe is no file or has a key or a value that is not known; names the allowed ones.
     """
-    parser = HfArgumentParser(SECTIONS)  # type: ignore[arg-type]
+    parser = parser or HfArgumentParser(SECTIONS)  # type: ignore[arg-type]
     parser.add_argument("--recipe", type=Path, default=default_recipe, help="YAML file with any of these settings.")
     argv = list(sys.argv[1:] if argv is None else argv)
     recipe = parser.parse_known_args(argv)[0].recipe
