@@ -5,8 +5,8 @@ The demo's adapter on a pretrained DINOv2, trained on the rooms sample:
     python examples/attach_to_backbone.py outputs/demo/adapter --backbone facebook/dinov2-small --max_steps 200
 
 Affinities, task embeddings and every tensor that has a place of its shape carry over; the report that is printed first
-names the others. Every setting of train_multitask.py is an option here too, or comes from a `--recipe`; tasks, adapter and
-decoder are those of the adapter. `--no_scratch` leaves out the training from scratch.
+names the others. The settings of train_multitask.py are options here too, or come from a `--recipe`; tasks, adapter
+and decoder are those of the adapter. `--no_scratch` leaves out the training from scratch.
 
 Writes to output_dir: adapter/, attached.json (the report, the losses of every step and the results of both trainings),
 and checkpoints/ of the trainings.

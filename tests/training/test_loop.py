@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import json
 import math
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from mt_adapters.training.arguments import DataArguments, MultitaskArguments, Tr
 from mt_adapters.training.loop import parameter_groups, record, train
 from mt_adapters.training.loop_state import LoopState, finite_or_error
 from mt_adapters.training.step import MultitaskStep
-from tiny_models import ALL_TASKS, make_images, make_labels, make_model
+from tiny_models import ALL_TASKS, assert_same, make_images, make_labels, make_model
 
 SIZE = (64, 64)
 DATA = DataArguments(image_size=64, crop_scale=[1.0, 1.0], color_jitter=[0.0] * 4, num_workers=0)
@@ -203,6 +204,17 @@ def test_two_accumulated_batches_of_one_train_like_one_batch_of_two(tmp_path: Pa
     ]
     assert steps[0].norm() > 0.01
     assert ((steps[0] - steps[1]).abs() > 1e-5).float().mean() < 0.02
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")
+def test_gradient_checkpointing_ends_with_the_same_bits(tmp_path: Path) -> None:
+    model = make_model("swin")
+    twin, multitask = copy.deepcopy(model), MultitaskArguments(affinity_interval=1)
+    run(model, tmp_path / "plain", multitask=multitask)
+    run(twin, tmp_path / "checkpointed", multitask=multitask, gradient_checkpointing=True)
+    assert twin.is_gradient_checkpointing
+    assert not model.is_gradient_checkpointing
+    assert_same(twin.state_dict(), model.state_dict())
 
 
 def test_the_weights_of_the_best_evaluation_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Gradient checkpointing: blocks that run a second time in the backward pass see the same tasks as the first time."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -85,6 +86,14 @@ def test_a_multitask_model_has_the_same_gradients(family, settings):
     model = make_model(family, **settings).train()
     assert_checkpointing_changes_no_gradient(model, model, family)
     copy.deepcopy(model)
+
+
+def test_a_setting_without_effect_says_so(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    make_model("swin").gradient_checkpointing_enable()
+    assert "no effect" not in caplog.text
+    make_model("swin", adapter=None).gradient_checkpointing_enable()
+    assert caplog.text.count("gradient checkpointing has no effect here") == 1
 
 
 @pytest.mark.parametrize("way", ["get_peft_model", "add_adapter", "add_adapter and train"])

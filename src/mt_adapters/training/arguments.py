@@ -81,6 +81,9 @@ class TrainingArguments:
     weight_decay: float = field(default=0.05, metadata={"help": "On weight matrices only."})
     warmup_ratio: float = field(default=0.1, metadata={"help": "Share of steps with a rising learning rate."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Run adapted blocks again in the backward pass: less memory, more time."}
+    )
     mixed_precision: Literal["no", "bf16", "fp16"] | None = field(
         default=None, metadata={"help": "Default: what `accelerate config` or `accelerate launch` says."}
     )

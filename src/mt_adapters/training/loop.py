@@ -115,6 +115,8 @@ def train(
     loader = train_loader(train_set, model, data, training, num_samples)
     side = data.eval_image_size or data.image_size
     validation = eval_loader(validation_set, model.tasks, side, training.batch_size, data.num_workers)
+    if training.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     wrapped = accelerator.prepare_model(model)
     step = MultitaskStep(model, wrapped, accelerator, multitask, accumulation)
     if training.batch_size * accumulation < step.num_parts:

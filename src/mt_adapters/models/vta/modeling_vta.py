@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
+from transformers.utils import logging
 
 from mt_adapters.backbones import Tokens, check_report, get_family, load_backbone, readable_weight_errors
 from mt_adapters.decoders import get_decoder
@@ -27,6 +28,8 @@ from mt_adapters.models.vta.adapter_files import (
 from mt_adapters.models.vta.configuration_vta import VtaConfig
 from mt_adapters.tasks import Task, get_tasks
 from mt_adapters.tuners.vta import TaskConditioning, VtaAdapterConfig, VtaLayer, find_context, train_adapters_only
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -249,6 +252,14 @@ class VtaModel(PreTrainedModel):
         if not self.config.train_backbone:
             train_adapters_only(self.backbone, mode)
         return self
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        super()._set_gradient_checkpointing(enable, *args, **kwargs)
+        if enable and not (self.has_affinity or self.config.train_backbone):
+            logger.warning_once(
+                "gradient checkpointing has no effect here: transformers checkpoints blocks in train mode only, and a "
+                "frozen backbone without VTA adapters runs in eval mode"
+            )
 
     def forward(
         self,
