@@ -4,7 +4,7 @@ The demo's adapter on a pretrained DINOv2, trained on the rooms sample:
 
     python examples/attach_to_backbone.py outputs/demo/adapter --backbone facebook/dinov2-small --max_steps 200
 
-Affinities, task embeddings and every tensor that has a place of its shape carry over; the report that is printed first
+Affinities, task embeddings and every tensor that has a place of its shape carry over; the report that is logged first
 names the others. The settings of train_multitask.py are options here too, or come from a `--recipe`; tasks, adapter
 and decoder are those of the adapter. `--no_scratch` leaves out the training from scratch.
 
@@ -80,7 +80,6 @@ def main() -> None:
 
     set_seed(training.seed)
     attached, report = VtaModel.from_adapter(ours.trained_adapter, backbone=backbone, output_loading_info=True)
-    print(report)
     config = attached.config
     models = {"attached": attached}
     if not ours.no_scratch:
