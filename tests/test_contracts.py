@@ -307,6 +307,16 @@ def test_odd_sizes_give_logits_of_the_inputs_size(family):
         assert model(make_images(size), labels=make_labels(size)).loss.isfinite()
 
 
+def test_an_image_by_itself_gives_what_it_gives_in_a_batch(family):
+    row, model = FAMILIES[family], make_model(family).double()
+    for size in (row.size, row.odd_size):
+        images = make_images(size, 3).double()
+        batch = logits_of(model, images)
+        for number in range(3):
+            for name, logits in logits_of(model, images[number : number + 1]).items():
+                torch.testing.assert_close(logits[0], batch[name][number], rtol=1e-7, atol=1e-7)
+
+
 def test_the_sizes_seen_before_do_not_matter(family):
     row, model = FAMILIES[family], make_model(family)
     sizes = (row.size, *row.other_sizes, row.odd_size)

@@ -180,6 +180,15 @@ def test_the_new_model_names_its_own_backbone_and_saves_and_loads_as_usual(tmp_p
     assert_same(logits_of(again, images), logits_of(model, images))
 
 
+def test_a_named_backbone_that_is_no_longer_the_adapters_is_refused(tmp_path):
+    make_backbone("dinov2").save_pretrained(tmp_path / "base")
+    VtaModel.from_backbone(tmp_path / "base", tasks=["depth"], decoder_dim=16).save_adapter(tmp_path / "adapter")
+    VtaModel.from_adapter(tmp_path / "adapter")
+    make_backbone("dinov2", hidden_size=32).save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"made for a backbone with .* but this one has"):
+        VtaModel.from_adapter(tmp_path / "adapter")
+
+
 def test_adapters_of_other_methods_carry_over_too(tmp_path):
     lora = LoraConfig(target_modules=["q_proj", "v_proj"], r=2)
     source = make_model("dinov2", adapter=lora)

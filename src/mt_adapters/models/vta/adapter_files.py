@@ -110,6 +110,7 @@ def load_adapter_files(
         config = VtaConfig.from_dict(json.loads(read_text(folder / CONFIG_FILE)))
         settings = json.loads(read_text(folder / ADAPTER_CONFIG_FILE))
     settings = settings | {"inference_mode": False}
+    is_asked_for = backbone is not None
     if backbone is None:
         backbone = config.backbone_name_or_path
         if backbone is None:
@@ -127,7 +128,8 @@ def load_adapter_files(
     config.backbone_name_or_path = settings["base_model_name_or_path"] = (
         str(backbone) if isinstance(backbone, (str, Path)) else getattr(backbone, "name_or_path", None) or None
     )
-    config.adapter = settings_for(settings, own_config.backbone_config, base.config)
+    # Only a backbone that was asked for may be another one than the adapter's own.
+    config.adapter = settings_for(settings, own_config.backbone_config, base.config) if is_asked_for else settings
     model = cls(config, base)
 
     # Everything is read and compared before the first tensor changes: a bad file leaves no half-loaded model.
