@@ -69,6 +69,20 @@ def steps_to_reach(loss: float, losses: list[float]) -> int | None:
     return next((step for step, value in enumerate(smoothed(losses), start=1) if value <= loss), None)
 
 
+def steps_table(losses: dict[str, list[float]]) -> str:
+    """Markdown: the loss from scratch at four steps, and after how many steps the attached adapter is there."""
+    rows = [
+        f"| steps from scratch | loss (mean of {WINDOW} steps) | steps of the attached adapter to the same loss |",
+        "|---|---|---|",
+    ]
+    scratch = smoothed(losses["from scratch"])
+    for quarter in range(1, 5):
+        step = max(1, len(scratch) * quarter // 4)
+        reached = steps_to_reach(scratch[step - 1], losses["attached"])
+        rows.append(f"| {step} | {scratch[step - 1]:.3f} | {reached or 'not reached'} |")
+    return "\n".join(rows)
+
+
 def main() -> None:
     parser = HfArgumentParser(SECTIONS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trained_adapter", help="folder or Hub id of the trained adapter")
@@ -132,14 +146,7 @@ def main() -> None:
     kinds = {task.name: task.kind for task in attached.tasks}
     print(f"\n{metrics_table(record['results'] | {'input-blind': baseline}, kinds)}\n")
     if not ours.no_scratch:
-        losses = record["losses"]
-        print("| steps from scratch | loss (mean of 20 steps) | steps of the attached adapter to the same loss |")
-        print("|---|---|---|")
-        for quarter in range(1, 5):
-            step = max(1, training.max_steps * quarter // 4)
-            loss = smoothed(losses["from scratch"])[step - 1]
-            reached = steps_to_reach(loss, losses["attached"])
-            print(f"| {step} | {loss:.3f} | {reached or 'not reached'} |")
+        print(steps_table(record["losses"]))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """The numbers in README.md are those of the results files under model_cards/."""
 
 import json
+import re
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from benchmarks.affinity_study import VARIANTS, off_diagonal, summarize, table
+from examples.attach_to_backbone import steps_table
 
 from mt_adapters.hub.card import metrics_table, model_card
 from mt_adapters.metrics import delta_m
@@ -32,6 +35,21 @@ def test_readme_shows_the_results_files_table_and_commands():
     assert f"{delta_m(model['results'], probe['results'], model['tasks']):.1f} %" in readme
     assert model["command"] in readme
     assert probe["command"] in readme
+
+
+@pytest.mark.parametrize("name", ["attached_to_9_blocks"])
+def test_readme_shows_how_an_attached_adapter_trains(name):
+    record, readme = read(ROOMS / f"{name}.json"), (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert steps_table(record["losses"]) in readme
+    assert shlex.join(["python", "examples/attach_to_backbone.py", *record["argv"]]) in readme
+    attached, scratch = record["results"]["attached"], record["results"]["from scratch"]
+    for task, metric, digits in (
+        ("semseg", "miou", 3),
+        ("depth", "rmse", 3),
+        ("normals", "mean_angle", 2),
+        ("edges", "f", 3),
+    ):
+        assert re.search(rf"{attached[task][metric]:.{digits}f}\D+{scratch[task][metric]:.{digits}f}", readme), task
 
 
 def test_readme_shows_the_figures_of_the_cost_file():
