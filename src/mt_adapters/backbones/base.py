@@ -11,6 +11,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+# Implementations of attention that add a mask of numbers to the logits: through it TAA enters.
+ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -142,6 +145,19 @@ class BackboneFamily(ABC):
                 f"the image is {height} x {width} pixels, but this {self.model_type} backbone needs at least "
                 f"{smallest} x {smallest}: enlarge the images (the image processor's size) or choose a backbone with "
                 "a smaller window"
+            )
+
+    def check_attention_implementation(self, config: PreTrainedConfig) -> None:
+        """
+        Raises:
+            ValueError: if attention is computed by something that would drop or misread a bias on its logits.
+        """
+        found = config._attn_implementation
+        if found not in ATTENTION_IMPLEMENTATIONS:
+            raise ValueError(
+                f"this {self.model_type} backbone runs attn_implementation={found!r}, which takes no bias on the "
+                f"attention logits; a VTA adapter allows {list(ATTENTION_IMPLEMENTATIONS)}: call "
+                'backbone.set_attn_implementation("sdpa") or load the backbone with attn_implementation="sdpa"'
             )
 
 

@@ -349,6 +349,8 @@ class VtaModel(PreTrainedModel):
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
             raise ValueError(f"pixel_values has the shape {tuple(pixel_values.shape)}; it must be (B, 3, H, W)")
         self.family.check_image_size(self.config.backbone_config, *pixel_values.shape[-2:])
+        if self.has_affinity:
+            self.family.check_attention_implementation(self.backbone.config)
 
     def check_labels(self, pixel_values: Tensor, labels: dict[str, Tensor], tasks: Sequence[Task]) -> None:
         """

@@ -20,8 +20,8 @@ class VtaTuner(BaseTuner):
     the task at that position of the config's list `tasks`.
 
     Raises:
-        ValueError: if the backbone's family is unknown, the adapter was made for another backbone, or
-            `target_modules` names something that is no block.
+        ValueError: if the backbone's family is unknown, the adapter was made for another backbone,
+            `target_modules` names something that is no block, or the backbone's attention takes no bias.
 
     Example:
         >>> model = get_peft_model(AutoModel.from_pretrained("microsoft/swin-tiny-patch4-window7-224"),
@@ -66,6 +66,7 @@ class VtaTuner(BaseTuner):
         assert isinstance(peft_config, VtaAdapterConfig)
         config = self.model.config
         family = get_family(getattr(config, "model_type", str(type(self.model).__name__)))
+        family.check_attention_implementation(config)
         signature = family.signature(config)
         if peft_config.backbone_signature not in (None, signature):
             raise ValueError(
@@ -189,6 +190,9 @@ class TaskIdsKeyword:
         family = get_family(model.config.model_type)
         family.check_image_size(model.config, height, width)
         running = {module.running_adapter() for module in model.modules() if isinstance(module, VtaLayer)} - {""}
+        if running:
+            # It can be switched at any time.
+            family.check_attention_implementation(model.config)
         if task_ids is not None and running:
             num_tasks = self.context.conditioning[running.pop()].num_tasks
             task_ids = check_task_ids(task_ids, num_tasks, batch_size).to(pixel_values.device)
