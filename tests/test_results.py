@@ -37,7 +37,7 @@ def test_readme_shows_the_results_files_table_and_commands():
     assert probe["command"] in readme
 
 
-@pytest.mark.parametrize("name", ["attached_to_9_blocks"])
+@pytest.mark.parametrize("name", ["attached_to_9_blocks", "attached_from_swin"])
 def test_readme_shows_how_an_attached_adapter_trains(name):
     record, readme = read(ROOMS / f"{name}.json"), (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert steps_table(record["losses"]) in readme
