@@ -49,6 +49,7 @@ from affinity_cost import (
     interval_shares,
 )
 from mt_adapters import VtaModel
+from mt_adapters.models.vta.parameters import adapter_parameter_names
 from mt_adapters.troa import average_weights
 from mt_adapters.tuners.vta import find_context
 
@@ -126,7 +127,7 @@ def make_rows(setup: Setup) -> tuple[list[Row], int]:
 def randomize_adapters(model: VtaModel) -> None:
     """Takes adapters off their start, where they do nothing and all tasks get the same features."""
     torch.manual_seed(1)
-    for name in model.adapter_parameter_names():
+    for name in adapter_parameter_names(model):
         model.get_parameter(name).normal_(std=0.1)
     context = find_context(model.backbone)
     for conditioning in context.conditioning.values() if context else ():

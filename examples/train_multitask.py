@@ -17,14 +17,13 @@ Baselines with the same backbone, data and loop: `--adapter none`, `--adapter lo
 
 Writes to output_dir: the model (config.json, model.safetensors, preprocessor_config.json), adapter/, metrics.json,
 predictions.png, affinity.png, affinity_history.json and .png, README.md (the model's card), and checkpoints/ and logs/
-of the training.
+of the training. `model.push_to_hub("org/name")` or `mt-adapters push` publish it.
 """
 
 import json
 import shlex
 import sys
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -35,7 +34,9 @@ from transformers import AutoConfig
 
 from mt_adapters import VtaAdapterConfig, VtaImageProcessorPil, VtaModel
 from mt_adapters.data import get_dataset
-from mt_adapters.hub.card import metrics_table, model_card, parameter_table
+from mt_adapters.hub.card import metrics_table, parameter_table
+from mt_adapters.hub.push import write_card
+from mt_adapters.hub.record import describe
 from mt_adapters.training.arguments import Arguments, ModelArguments, parse_arguments
 from mt_adapters.training.evaluation import Results, input_blind_results
 from mt_adapters.training.loop import train
@@ -91,17 +92,12 @@ def run_record(
         for name, value in (asdict(model_arguments) | asdict(data) | asdict(training) | asdict(multitask)).items()
         if name not in ("output_dir", "resume")
     }
-    backbone = model_arguments.backbone
     side = data.eval_image_size or data.image_size
-    return {
-        "tasks": {task.name: task.kind for task in model.tasks},
+    return describe(model) | {
         "results": best["results"],
         "input_blind": baseline,
         "mean_gain": best["score"],
         "evaluation": f"{num_images} validation images of {data.dataset} at {side} x {side} pixels",
-        "base_model": None if backbone is None or Path(backbone).is_dir() else backbone,
-        "parameters": model.parameter_report(),
-        "affinity": model.affinity.tolist() if model.has_affinity else None,
         # In how many updates each task took part, and how many it missed for want of a usable gradient.
         "affinity_updates": {
             key: dict(zip(model.task_names, state.affinity_history[-1][key], strict=True))
@@ -116,7 +112,6 @@ def run_record(
         "device": f"{accelerator.num_processes} process(es), {accelerator.device.type}",
         "command": shlex.join(["python", "examples/train_multitask.py", *map(without_folders, sys.argv[1:])]),
         "arguments": settings,
-        "versions": {name: version(name) for name in ("mt-adapters", "torch", "transformers", "peft", "accelerate")},
     }
 
 
@@ -149,9 +144,6 @@ def main() -> None:
         model.save_pretrained(output)
         processor = VtaImageProcessorPil(size={"height": side, "width": side}, tasks=model.config.tasks)
         processor.save_pretrained(output)
-        if model.config.adapter is not None and not model.config.train_backbone:
-            model.save_adapter(output / "adapter")
-            processor.save_pretrained(output / "adapter")
         indices = [number * len(validation_set) // NUM_PICTURES for number in range(NUM_PICTURES)]
         plot_predictions(model, validation_set, indices, side, output / "predictions.png")
         if record["affinity"] is not None:
@@ -160,7 +152,12 @@ def main() -> None:
             plot_affinity_history(state.affinity_history, model.task_names, output / "affinity_history.png")
             (output / "affinity_history.json").write_text(json.dumps(state.affinity_history) + "\n")
         (output / "metrics.json").write_text(json.dumps(record, indent=1) + "\n")
-        (output / "README.md").write_text(model_card(record))
+        write_card(output, record)
+        if model.config.adapter is not None and not model.config.train_backbone:
+            model.save_adapter(output / "adapter")
+            processor.save_pretrained(output / "adapter")
+            (output / "adapter" / "metrics.json").write_text(json.dumps(record, indent=1) + "\n")
+            write_card(output / "adapter", record, run_folder=output, is_adapter=True)
         columns = {"this model": record["results"], "input-blind": record["input_blind"]}
         print(f"\n{record['evaluation']}, after {state.step} steps in {state.seconds / 60:.1f} minutes\n")
         print(metrics_table(columns, record["tasks"]))

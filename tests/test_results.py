@@ -10,7 +10,7 @@ import pytest
 from benchmarks.affinity_study import VARIANTS, off_diagonal, summarize, table
 from examples.attach_to_backbone import steps_table
 
-from mt_adapters.hub.card import metrics_table, model_card
+from mt_adapters.hub.card import PICTURES, metrics_table, model_card
 from mt_adapters.metrics import delta_m
 from mt_adapters.training.arguments import MultitaskArguments
 
@@ -121,4 +121,6 @@ def test_the_model_beats_the_linear_probe_in_all_that_readme_says_and_the_input_
     "folder", sorted(path.parent for path in CARDS.glob("*/metrics.json")), ids=lambda path: path.name
 )
 def test_a_card_is_what_its_results_file_gives(folder: Path):
-    assert (folder / "README.md").read_text(encoding="utf-8") == model_card(read(folder / "metrics.json"))
+    pictures = [name for name in PICTURES if (folder / name).is_file()]
+    card = model_card(read(folder / "metrics.json"), pictures=pictures)
+    assert (folder / "README.md").read_text(encoding="utf-8") == card

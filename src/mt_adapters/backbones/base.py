@@ -13,6 +13,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 # Implementations of attention that add a mask of numbers to the logits: through it TAA enters.
 ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
+# Far more than any vision transformer has; a config that asks for more would keep the machine busy for hours.
+MAX_BLOCKS = 1000
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,18 @@ class BackboneFamily(ABC):
             "blocks": [len(stage) for stage in self.stages(config)],
             "channels": self.stage_channels(config),
         }
+
+    def check_num_blocks(self, config: PreTrainedConfig) -> None:
+        """
+        Raises:
+            ValueError: if the config asks for more blocks than any backbone has.
+        """
+        num_blocks = sum(getattr(config, "depths", None) or [getattr(config, "num_hidden_layers", 0)])
+        if not 1 <= num_blocks <= MAX_BLOCKS:
+            raise ValueError(
+                f"this {self.model_type} config asks for {num_blocks:,} blocks; allowed are 1 to {MAX_BLOCKS:,}: the "
+                "config is damaged or hostile, get it again"
+            )
 
     def check_image_size(self, config: PreTrainedConfig, height: int, width: int) -> None:
         """

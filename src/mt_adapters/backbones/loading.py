@@ -12,24 +12,28 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from mt_adapters.backbones.base import BackboneFamily
 from mt_adapters.backbones.table import get_family
+from mt_adapters.hub.download import check_size, weight_files
 
 
-def load_backbone(source: str | Path | PreTrainedConfig) -> PreTrainedModel:
+def load_backbone(source: str | Path | PreTrainedConfig, **options: Any) -> PreTrainedModel:
     """The headless model of a Hub id or folder with its pretrained weights in float32, or, from a config, a new one.
 
-    CLIP and SigLIP give their image encoder, MAE (`vit_mae`) gives a ViT, which masks nothing.
+    CLIP and SigLIP give their image encoder, MAE (`vit_mae`) gives a ViT, which masks nothing. `options` say where
+    files come from (`revision`, `token`, `cache_dir`, `local_files_only`, `force_download`).
 
     Raises:
         ValueError: if the backbone's type is unknown, its folder does not exist, a weight is missing or has another
-            shape, or the weight file is truncated or not safetensors.
+            shape, the weight file is truncated or not safetensors, or the config asks for far more than it holds.
     """
     if isinstance(source, PreTrainedConfig):
         config = image_encoder_config(source)
-        get_family(config.model_type)
+        get_family(config.model_type).check_num_blocks(config)
         return AutoModel.from_config(config)
     with readable_weight_errors(source):
-        config = image_encoder_config(AutoConfig.from_pretrained(source))
+        config = image_encoder_config(AutoConfig.from_pretrained(source, trust_remote_code=False, **options))
         family = get_family(config.model_type)
+        family.check_num_blocks(config)
+        check_size(source, lambda: AutoModel.from_config(config), weight_files(source, **options))
         model, report = AutoModel.from_pretrained(
             source,
             config=config,
@@ -37,6 +41,8 @@ def load_backbone(source: str | Path | PreTrainedConfig) -> PreTrainedModel:
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            trust_remote_code=False,
+            **options,
         )
     check_report(source, report, family)
     return model

@@ -1,10 +1,18 @@
-"""The model card of a training run, written from what the run recorded."""
+"""The card of a model or adapter, written from its record: what it is, and what was measured.
+
+`hub.record.describe` gives the record of any model; a training run adds its results, settings and command. A section
+without anything in the record to fill it is left out.
+"""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
+
+from mt_adapters.data import DATASETS
+from mt_adapters.tasks import get_tasks
 
 # What a reader wants to see of each kind: metric, heading, factor and format.
 COLUMNS = {
@@ -13,6 +21,23 @@ COLUMNS = {
     "normals": (("mean_angle", "mean angle, °", 1, ".2f"), ("median_angle", "median, °", 1, ".2f")),
     "edges": (("f", "F (1 px tolerance)", 1, ".3f"), ("l1", "L1", 1, ".3f")),
 }
+# The Hub's names for what the kinds do, and for two of our metrics; it has none for the others.
+HUB_TASKS = {"semseg": "image-segmentation", "depth": "depth-estimation"}
+HUB_METRICS = {"miou": "mean_iou", "pixel_accuracy": "accuracy"}
+# The pictures of a run, with their captions.
+PICTURES = {
+    "predictions.png": "Unseen images: the image, and for each task the prediction over the truth",
+    "affinity.png": "Task affinities: row = source, column = target",
+    "affinity_history.png": "Task affinities over the training",
+}
+PAPER = """```bibtex
+@inproceedings{bhattacharjee2023vision,
+  title     = {Vision Transformer Adapters for Generalizable Multitask Learning},
+  author    = {Bhattacharjee, Deblina and S{\\"u}sstrunk, Sabine and Salzmann, Mathieu},
+  booktitle = {ICCV},
+  year      = {2023}
+}
+```"""
 
 
 def metrics_table(columns: Mapping[str, Mapping[str, Mapping[str, float]]], kinds: Mapping[str, str]) -> str:
@@ -42,41 +67,178 @@ def affinity_table(affinity: Sequence[Sequence[float]], task_names: Sequence[str
     return "\n".join(lines)
 
 
-def model_card(record: Mapping[str, Any]) -> str:
-    """The card of a run from its record (metrics.json); every figure in it is the record's."""
-    data = ModelCardData(
-        license="apache-2.0",
-        library_name="mt-adapters",
-        base_model=record.get("base_model"),
-        tags=["mt-adapters", "multitask", "dense-prediction", *record["tasks"]],
-    )
-    affinity, arguments = record["affinity"], record["arguments"]
-    state = "trained" if arguments["train_backbone"] else "frozen"
-    adapters = {"vta": "task-conditioned adapters", "lora": "LoRA adapters", "none": "no adapters"}
+def head_table(heads: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table of what each task predicts, from the tasks' settings."""
+    lines = ["| task | kind | output | logits | loss weight |", "|---|---|---|---|---|"]
+    for task in get_tasks(heads):
+        lines.append(f"| {task.name} | {task.kind} | {task.output} | {task.num_channels} | {task.weight:g} |")
+    return "\n".join(lines)
+
+
+def model_card(
+    record: Mapping[str, Any],
+    repo_id: str | None = None,
+    pictures: Sequence[str] = (),
+    is_adapter: bool = False,
+    license: str = "apache-2.0",
+) -> str:
+    """The card (README.md) of a model, or of its adapter alone; every figure in it is the record's.
+
+    Args:
+        record: as `hub.record.describe` and a training run give it.
+        repo_id: where it will be on the Hub.
+        pictures: those of `PICTURES` that stand beside the card.
+        is_adapter: the repository holds an adapter with its heads, without the backbone.
+        license: of the weights, in the Hub's spelling.
+    """
     sections = [
-        f"---\n{data.to_yaml()}\n---",
-        f"# Multitask model: {', '.join(record['tasks'])}",
-        f"A {state} vision transformer with {adapters[arguments['adapter']]}, made with mt_adapters.",
-        "```python\nimport mt_adapters  # registers the model type\nfrom transformers import AutoModel\n\n"
-        'model = AutoModel.from_pretrained("this folder or its Hub id").eval()\n```',
-        f"## Results\n\n{record['evaluation']}; input-blind: predicts the training set's mean map or most frequent "
-        "class for every image.\n\n"
-        + metrics_table({"this model": record["results"], "input-blind": record["input_blind"]}, record["tasks"])
-        + f"\n\nMean gain over input-blind: {record['mean_gain']:.1f} %.",
-        "![image, and for each task the prediction over the truth](predictions.png)",
-        f"## Parameters\n\n{parameter_table(record['parameters'])}",
+        f"---\n{card_data(record, repo_id, is_adapter, license).to_yaml()}\n---",
+        f"# {repo_id or 'Multitask model: ' + ', '.join(record['tasks'])}",
+        summary(record, is_adapter),
+        quick_start(record, repo_id or "org/name", is_adapter),
+        f"## Tasks and heads\n\n{head_table(record['heads'])}",
     ]
-    if affinity is not None:
+    if record["classes"]:
+        sections.append(f"Classes: {', '.join(f'{number} {name}' for number, name in enumerate(record['classes']))}.")
+    sections.append(results(record))
+    sections += [f"![{PICTURES[name]}]({name})" for name in pictures if name == "predictions.png"]
+    sections.append(f"## Parameters\n\n{parameter_table(record['parameters'])}")
+    if record["affinity"] is not None:
         sections.append(
             "## Task affinities\n\nHow much the training of the source (row) helps the target (column).\n\n"
-            f"{affinity_table(affinity, [*record['tasks']])}\n\n![row: source, column: target](affinity.png)"
+            + affinity_table(record["affinity"], [*record["tasks"]])
         )
-    sections.append(
+        sections += [f"![{PICTURES[name]}]({name})" for name in pictures if name != "predictions.png"]
+    sections.append(training(record))
+    sections.append(f"## Limits\n\n{limits(record)}")
+    sections.append(f"## Citation\n\nThe method:\n\n{PAPER}")
+    return "\n\n".join(sections) + "\n"
+
+
+def card_data(record: Mapping[str, Any], repo_id: str | None, is_adapter: bool, license: str) -> ModelCardData:
+    """The metadata that the Hub reads."""
+    # No pipeline_tag: the Hub knows none for several tasks at once, and transformers would choose a pipeline by it.
+    return ModelCardData(
+        license=license,
+        library_name="peft" if is_adapter else "mt-adapters",
+        base_model=record["base_model"],
+        base_model_relation="adapter" if record["base_model"] and is_adapter else None,
+        tags=["mt-adapters", "multitask", "dense-prediction", *record["tasks"]],
+        model_name=repo_id or "multitask model",
+        eval_results=eval_results(record) or None,
+    )
+
+
+def eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
+    """The record's results as entries of the model index; what is not a number (no label in the set) is left out."""
+    arguments = record.get("arguments", {})
+    return [
+        EvalResult(
+            task_type=HUB_TASKS.get(kind, "image-to-image"),
+            task_name=task,
+            dataset_type=arguments["dataset"],
+            dataset_name=record["evaluation"],
+            # Entries of one task type on one data set would be merged into one.
+            dataset_config=task,
+            dataset_split="validation",
+            metric_type=HUB_METRICS.get(metric, metric),
+            metric_name=heading,
+            metric_value=record["results"][task][metric],
+        )
+        for task, kind in (record["tasks"] if "results" in record else {}).items()
+        for metric, heading, *_ in COLUMNS[kind]
+        if math.isfinite(record["results"][task][metric])
+    ]
+
+
+def summary(record: Mapping[str, Any], is_adapter: bool) -> str:
+    backbone = f"{record['backbone']} backbone" + (f" ({record['base_model']})" if record["base_model"] else "")
+    adapter = {None: "no adapters", "VTA": "task-conditioned adapters"}.get(
+        record["adapter"], f"{record['adapter']} adapters"
+    )
+    state = "trained" if record["train_backbone"] else "frozen"
+    what = f"A {state} {backbone} with {adapter} and {record['decoder']} decoders"
+    if is_adapter:
+        what = f"{adapter[0].upper()}{adapter[1:]}, {record['decoder']} decoders and heads for a {state} {backbone}"
+    return f"{what}: {', '.join(record['tasks'])} from one image. Made with mt_adapters."
+
+
+def quick_start(record: Mapping[str, Any], repo_id: str, is_adapter: bool) -> str:
+    first = next(iter(record["tasks"]))
+    if not is_adapter:
+        return f"""```python
+import mt_adapters  # registers the model type and the pipeline
+from transformers import AutoModel, pipeline
+
+predict = pipeline("multitask-dense-prediction", model="{repo_id}")
+predict("photo.jpg")["{first}"]["picture"].show()  # ["map"] holds the values
+
+model = AutoModel.from_pretrained("{repo_id}").eval()  # model(pixel_values).logits["{first}"]
+```"""
+    backbone = "" if record["base_model"] else ", backbone=..."
+    base = record["base_model"] or "..."
+    return f"""```python
+from mt_adapters import VtaModel
+from transformers import AutoImageProcessor, pipeline
+
+model = VtaModel.from_adapter("{repo_id}"{backbone}).eval()
+model = VtaModel.from_adapter("{repo_id}"{backbone}, tasks=["{first}"]).eval()  # one task, and only its files
+processor = AutoImageProcessor.from_pretrained("{repo_id}")
+predict = pipeline("multitask-dense-prediction", model=model, image_processor=processor)
+predict("photo.jpg")["{first}"]["picture"].show()  # ["map"] holds the values
+```
+
+The adapter alone, without heads, on the plain backbone:
+
+```python
+import mt_adapters  # registers the adapter type
+from peft import PeftModel
+from transformers import AutoModel
+
+backbone = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), "{repo_id}")
+```"""
+
+
+def results(record: Mapping[str, Any]) -> str:
+    if "results" not in record:
+        return "## Results\n\nNot evaluated."
+    columns = {"this model": record["results"], "input-blind": record["input_blind"]}
+    return (
+        f"## Results\n\n{record['evaluation']}; input-blind: predicts the training set's mean map or most frequent "
+        "class for every image.\n\n"
+        + metrics_table(columns, record["tasks"])
+        + f"\n\nMean gain over input-blind: {record['mean_gain']:.1f} %. All figures: [metrics.json](metrics.json)."
+    )
+
+
+def training(record: Mapping[str, Any]) -> str:
+    versions = f"Versions: {', '.join(f'{name} {number}' for name, number in record['versions'].items())}."
+    if "command" not in record:
+        return f"## Training\n\nNo record of the training was kept with these weights. {versions}"
+    arguments = record["arguments"]
+    dataset = DATASETS.get(arguments["dataset"])
+    data = getattr(dataset, "summary", arguments["dataset"])
+    return (
         f"## Training\n\n{record['steps']} steps in {record['seconds'] / 60:.1f} minutes on {record['device']}; "
         f"the best evaluation was after step {record['best_step']}.\n\n```\n{record['command']}\n```\n\n"
-        f"```json\n{json.dumps(arguments, indent=1)}\n```\n\n"
-        + "Versions: "
-        + ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-        + "."
+        f"```json\n{json.dumps(arguments, indent=1)}\n```\n\n{versions}\n\n## Data and licences\n\n"
+        f"Trained and evaluated on {data}. The weights' licence is in the card's metadata; the backbone keeps its own."
     )
-    return "\n\n".join(sections) + "\n"
+
+
+def limits(record: Mapping[str, Any]) -> str:
+    lines = []
+    if "results" in record:
+        lines.append(
+            f"Measured on {record['evaluation']} with one seed ({record['arguments']['seed']}), and on nothing else."
+        )
+    if not record["is_pretrained"]:
+        lines.append("The backbone started from random weights, not from pretrained ones.")
+    kinds = set(record["tasks"].values())
+    if "depth" in kinds:
+        lines.append("Depth in metres holds for cameras and scenes like those of the training data.")
+    if "edges" in kinds:
+        lines.append("F of edges allows a tolerance of one pixel and is not the odsF of the literature.")
+    if "semseg" in kinds:
+        lines.append("mIoU counts the classes that occur.")
+    return "\n".join(f"- {line}" for line in lines) or "None were looked for."

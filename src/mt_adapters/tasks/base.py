@@ -30,6 +30,8 @@ class Task(ABC):
     weight: float = 1.0
 
     kind: ClassVar[str]
+    # The unit and shape of one predicted map, for people.
+    output: ClassVar[str]
     unlabelled: ClassVar[float | int]
 
     def __post_init__(self) -> None:

@@ -24,6 +24,7 @@ class DepthTask(Task):
     loss_type: str = "berhu"
 
     kind: ClassVar[str] = "depth"
+    output: ClassVar[str] = "metres along the optical axis, float32 (H,W)"
     unlabelled: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:

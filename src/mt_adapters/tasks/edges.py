@@ -23,6 +23,7 @@ class EdgesTask(Task):
     loss_type: str = "balanced_bce"
 
     kind: ClassVar[str] = "edges"
+    output: ClassVar[str] = "probability of a contour, float32 (H,W)"
     unlabelled: ClassVar[float] = float("nan")
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ class NormalsTask(Task):
     """Labels float (B,3,H,W): unit vectors, x right, y up, z towards the camera; all zeros = no label."""
 
     kind: ClassVar[str] = "normals"
+    output: ClassVar[str] = "unit vectors, x right, y up, z towards the camera, float32 (3,H,W)"
     unlabelled: ClassVar[float] = 0.0
 
     @property

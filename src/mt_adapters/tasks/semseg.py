@@ -19,6 +19,7 @@ class SemsegTask(Task):
     num_labels: int = 0
 
     kind: ClassVar[str] = "semseg"
+    output: ClassVar[str] = "class ids, int64 (H,W)"
     unlabelled: ClassVar[int] = IGNORE_INDEX
 
     def __post_init__(self) -> None:

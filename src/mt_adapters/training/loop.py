@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from mt_adapters.data import AugmentedDataset, MultitaskCollator, StepSampler, TrainTransform
 from mt_adapters.models.vta.modeling_vta import VtaModel
+from mt_adapters.models.vta.parameters import adapter_parameter_names
 from mt_adapters.training.arguments import DataArguments, MultitaskArguments, TrainingArguments
 from mt_adapters.training.evaluation import Results, eval_loader, evaluate, mean_gain
 from mt_adapters.training.loop_state import (
@@ -45,7 +46,7 @@ NO_DECAY = ("position_embeddings", "relative_position_bias_table", "cls_token", 
 def parameter_groups(model: VtaModel, training: TrainingArguments) -> list[dict[str, Any]]:
     """Weight decay on matrices only; embeddings, biases and norms are not pulled to zero."""
     groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
-    adapters = set(model.adapter_parameter_names())
+    adapters = set(adapter_parameter_names(model))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_backbone = name.startswith("backbone.") and name not in adapters

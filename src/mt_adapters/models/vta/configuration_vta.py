@@ -9,6 +9,8 @@ from mt_adapters.decoders import get_decoder
 from mt_adapters.tasks import get_tasks
 
 FAN_OUTS = ("sequential", "batched")
+# Keys with which a config can name code, other weight files or a quantiser; a multitask model has no use for them.
+FOREIGN_KEYS = ("auto_map", "custom_pipelines", "quantization_config", "transformers_weights", "_attn_implementation")
 
 
 @strict
@@ -27,7 +29,8 @@ class VtaConfig(PreTrainedConfig):
         backbone_name_or_path: where the backbone's weights came from.
 
     Raises:
-        ValueError: if a task, a task's setting, the decoder or the fan-out is unknown.
+        ValueError: if a task, a task's setting, the decoder or the fan-out is unknown, or, in `from_dict` and what
+            builds on it, if the settings are another model's or ask for code of the repository.
     """
 
     model_type = "vta"
@@ -54,3 +57,20 @@ class VtaConfig(PreTrainedConfig):
         if self.fan_out not in FAN_OUTS:
             raise ValueError(f"VtaConfig has fan_out={self.fan_out!r}; allowed are {list(FAN_OUTS)}")
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"this is the config of a {model_type!r} model, not of a multitask one ({cls.model_type!r}): to put "
+                "adapters on it, use VtaModel.from_backbone"
+            )
+        for place in (config_dict, config_dict.get("backbone_config"), config_dict.get("adapter")):
+            found = [key for key in FOREIGN_KEYS if isinstance(place, dict) and place.get(key) is not None]
+            if found:
+                raise ValueError(
+                    f"the config has {found[0]!r}: a multitask model needs no code, weights or quantiser but this "
+                    "package's own, and none from a repository is ever used; do not load it, or remove the key"
+                )
+        return super().from_dict(config_dict, **kwargs)

@@ -3,6 +3,7 @@
 Shape suffixes: B batch, T tasks, K output channels of a task, H height, W width.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from mt_adapters.backbones import Tokens, check_report, get_family, load_backbone, readable_weight_errors
 from mt_adapters.decoders import get_decoder
+from mt_adapters.hub.download import check_size, hub_options, weight_files
 from mt_adapters.models.vta.adapter_files import (
     config_from_dict,
     config_to_dict,
@@ -26,6 +27,8 @@ from mt_adapters.models.vta.adapter_files import (
     save_adapter_files,
 )
 from mt_adapters.models.vta.configuration_vta import VtaConfig
+from mt_adapters.models.vta.parameters import adapter_parameter_names, count_parameters
+from mt_adapters.models.vta.publishing import push
 from mt_adapters.tasks import Task, get_tasks
 from mt_adapters.tuners.vta import TaskConditioning, VtaAdapterConfig, VtaLayer, find_context, train_adapters_only
 
@@ -96,6 +99,7 @@ class VtaModel(PreTrainedModel):
         super().__init__(config)
         backbone_config: Any = config.backbone_config
         self.family = get_family(backbone_config.model_type)
+        self.family.check_num_blocks(backbone_config)
         self.tasks: list[Task] = get_tasks(config.tasks or ())
         self.backbone = AutoModel.from_config(backbone_config) if backbone is None else backbone
         self.backbone.requires_grad_(config.train_backbone)
@@ -168,17 +172,23 @@ class VtaModel(PreTrainedModel):
         """Loads a full model that `save_pretrained` or `push_to_hub` wrote; safetensors only.
 
         Raises:
-            ValueError: if a file is missing, truncated or not safetensors, or a weight is missing or of another shape.
+            ValueError: if a file is missing, truncated or not safetensors, a weight is missing or of another shape, or
+                the config asks for more than the weights hold, or for code of the repository.
         """
+        source = pretrained_model_name_or_path
         wants_report = kwargs.pop("output_loading_info", False)
         # Weights of another shape are refused below, with a message that names them.
         kwargs |= {"use_safetensors": True, "ignore_mismatched_sizes": True}
-        with readable_weight_errors(pretrained_model_name_or_path):
-            loaded: Any = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
+        with readable_weight_errors(source):
+            options = hub_options(kwargs, "subfolder")
+            config = kwargs.get("config")
+            if not isinstance(config, VtaConfig):
+                config = VtaConfig.from_pretrained(config or source, **options)
+            files = weight_files(source, **hub_options(kwargs, "subfolder", "variant"))
+            check_size(source, lambda: cls(copy.deepcopy(config)), files)
+            loaded: Any = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         model, report = loaded
-        check_report(pretrained_model_name_or_path, report)
+        check_report(source, report)
         return (model, report) if wants_report else model
 
     def _inject_adapter(self, config: VtaConfig) -> None:
@@ -197,7 +207,7 @@ class VtaModel(PreTrainedModel):
         adapter.base_model_name_or_path = config.backbone_name_or_path or base
         config.adapter = config_to_dict(adapter)
         if config.train_backbone:
-            adapters = set(self.adapter_parameter_names())
+            adapters = set(adapter_parameter_names(self))
             for name, parameter in self.backbone.named_parameters():
                 if f"backbone.{name}" not in adapters:
                     parameter.requires_grad = True
@@ -366,32 +376,12 @@ class VtaModel(PreTrainedModel):
                 if task.name in labels:
                     task.check_label(labels[task.name], batch_size, height, width)
 
-    def adapter_parameter_names(self) -> Iterator[str]:
-        """Names of the parameters that adapters of any kind add; trained copies of blocks do not count."""
-        for layer_name, layer in self.named_modules():
-            if isinstance(layer, BaseTunerLayer) and isinstance(layer, nn.Module):
-                for name, _ in layer.named_parameters():
-                    if not name.startswith(("base_layer.", "vta_block.")):
-                        yield f"{layer_name}.{name}"
-
     def parameter_report(self) -> dict[str, dict[str, int]]:
         """Numbers of parameters {group: {"total", "trainable"}} of backbone, adapters, decoders, heads, and in total.
 
         Trainable copies of adapted blocks count as backbone.
         """
-        adapters = set(self.adapter_parameter_names())
-        report = {
-            group: {"total": 0, "trainable": 0} for group in ("backbone", "adapters", "decoders", "heads", "total")
-        }
-        for name, parameter in self.named_parameters():
-            root = name.partition(".")[0]
-            group = (
-                "adapters" if name in adapters else {"backbone": "backbone", "decoder": "decoders"}.get(root, "heads")
-            )
-            for counted in (group, "total"):
-                report[counted]["total"] += parameter.numel()
-                report[counted]["trainable"] += parameter.numel() if parameter.requires_grad else 0
-        return report
+        return count_parameters(self)
 
     @torch.no_grad()
     def add_task(self, task: str | dict[str, Any], freeze_others: bool = False) -> None:
@@ -438,7 +428,9 @@ class VtaModel(PreTrainedModel):
         cls,
         source: str | Path,
         backbone: str | Path | PreTrainedConfig | PreTrainedModel | None = None,
+        tasks: Sequence[str] | None = None,
         output_loading_info: bool = False,
+        **options: Any,
     ) -> Any:
         """Loads what `save_adapter` wrote on top of its backbone, or, as a start for training, of a new one.
 
@@ -448,13 +440,41 @@ class VtaModel(PreTrainedModel):
         Args:
             source: folder or Hub id.
             backbone: Hub id, folder, config or model; default: the one that the adapter was trained on.
+            tasks: those to load, in this order; default: all. They predict what they do among all, to the last bit,
+                and files of other tasks are not fetched.
             output_loading_info: return (model, `AdapterReport`), which lists what was and what was not loaded.
+            options: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
 
         Raises:
-            ValueError: if a file is missing, truncated, not safetensors or of another model.
+            ValueError: if a file is missing, truncated, not safetensors or of another model, or the adapter has no
+                such task.
         """
-        model, report = load_adapter_files(cls, source, backbone)
+        model, report = load_adapter_files(cls, source, backbone, tasks, **options)
         return (model, report) if output_loading_info else model
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:  # type: ignore[override]
+        """Uploads the full model, its image processor, card, results and pictures in one commit; returns its URL.
+
+        Args:
+            repo_id: "organization/name".
+            options: `run_folder`, the folder with the results of these weights (default: where the model was loaded
+                from); `image_processor` (default: the one found there); `base_model`, the Hub id of the backbone, if
+                it was loaded from a folder; `license` of the weights ("apache-2.0"); `max_shard_size`; and
+                `commit_message`, `private`, `token`, `revision`, `create_pr`.
+
+        Raises:
+            ValueError: if the results are not those of these weights, or the repository holds an adapter.
+        """
+        return push(self, repo_id, is_adapter=False, **options)
+
+    def push_adapter_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Uploads what `save_adapter` writes, a few MB, as `push_to_hub` does for the full model.
+
+        Raises:
+            ValueError: as `push_to_hub` and `save_adapter`, or if the backbone is a folder of this machine and
+                `base_model` does not say which one others can load.
+        """
+        return push(self, repo_id, is_adapter=True, **options)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

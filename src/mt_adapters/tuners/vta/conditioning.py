@@ -3,7 +3,7 @@
 Shape suffixes: T tasks (S source, T target in affinities), E embedding, B batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,19 @@ class TaskConditioning(nn.Module):
             extended_TT = torch.eye(num_tasks + 1, device=self.device)
             extended_TT[:num_tasks, :num_tasks] = getattr(self, name)
             setattr(self, name, extended_TT)
+
+    @torch.no_grad()
+    def keep_tasks(self, task_ids: Sequence[int]) -> None:
+        """Keeps these tasks, in this order, with the conditions e_t that they have now as their embeddings.
+
+        The others' share is in these, so nothing is mixed any more; `affinity` still tells what it was between those
+        that are kept.
+        """
+        ids = torch.tensor(task_ids, device=self.device)
+        conditions_TE = self(ids)
+        self.task_embeddings = nn.ParameterList(condition_E.clone() for condition_E in conditions_TE)
+        self.affinity = self.affinity[ids][:, ids].clone()
+        self.mixing_weights = torch.eye(len(ids), device=self.device)
 
     def forward(self, task_ids_B: Tensor) -> Tensor:
         """e_t (B,E) = sum_s w[s,t] Theta[s] for the task t of each sample."""
