@@ -28,7 +28,7 @@ os.environ.update(
 )
 torch.set_num_threads(1)
 
-pytest_plugins = ["programs"]
+pytest_plugins = ["programs", "hub_server"]
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED_FOLDER = Path(os.environ.get("MT_ADAPTERS_SHARED", REPOSITORY / "../shared")).resolve()
