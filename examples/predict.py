@@ -9,14 +9,11 @@ Depth is light near the camera; normals are coloured x right (red), y up (green)
 import argparse
 from pathlib import Path
 
-import torch
-from PIL import Image, ImageOps
-from transformers import AutoImageProcessor
+from transformers import pipeline
 
-from mt_adapters import VtaModel
+import mt_adapters  # noqa: F401  makes the pipeline known to transformers
 
 
-@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", nargs="+", type=Path)
@@ -24,17 +21,12 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/predictions"))
     arguments = parser.parse_args()
 
-    model = VtaModel.from_pretrained(arguments.model).eval()
-    processor = AutoImageProcessor.from_pretrained(arguments.model)
+    predict = pipeline("multitask-dense-prediction", model=arguments.model)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     for path in arguments.pictures:
-        # Cameras note the orientation instead of turning the pixels.
-        picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-        output = model(**processor(picture, return_tensors="pt"))
-        maps = processor.post_process(output, target_sizes=[(picture.height, picture.width)])[0]
-        for task in model.tasks:
-            file = arguments.output_dir / f"{path.stem}_{task.name}.png"
-            Image.fromarray(task.colorize(maps[task.name]).numpy()).save(file)
+        for task, result in predict(path).items():
+            file = arguments.output_dir / f"{path.stem}_{task}.png"
+            result["picture"].save(file)
             print(file)
 
 

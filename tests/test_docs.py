@@ -28,7 +28,7 @@ RUNNABLE = (
     "mt_adapters.troa",
     "mt_adapters.tuners.vta.config",
 )
-NEED_WEIGHTS = ("mt_adapters.models.vta.modeling_vta", "mt_adapters.tuners.vta.model")
+NEED_WEIGHTS = ("mt_adapters.models.vta.modeling_vta", "mt_adapters.pipelines", "mt_adapters.tuners.vta.model")
 
 TEXTS = [
     REPOSITORY / "README.md",

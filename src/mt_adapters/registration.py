@@ -6,10 +6,12 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from mt_adapters.models.vta.configuration_vta import VtaConfig
 from mt_adapters.models.vta.image_processing_pil_vta import VtaImageProcessorPil
 from mt_adapters.models.vta.modeling_vta import VtaModel
+from mt_adapters.pipelines import PIPELINE_TASK, MultitaskDensePredictionPipeline
 from mt_adapters.tuners.vta import VtaAdapterConfig, VtaTuner
 
 
@@ -37,3 +39,7 @@ def register() -> None:
     AutoConfig.register("vta", VtaConfig, exist_ok=True)
     AutoModel.register(VtaConfig, VtaModel, exist_ok=True)
     AutoImageProcessor.register(VtaConfig, image_processor_classes={"pil": VtaImageProcessorPil}, exist_ok=True)
+    if PIPELINE_TASK not in PIPELINE_REGISTRY.get_supported_tasks():
+        PIPELINE_REGISTRY.register_pipeline(
+            PIPELINE_TASK, MultitaskDensePredictionPipeline, pt_model=VtaModel, type="image"
+        )
