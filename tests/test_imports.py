@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": MODEL_ROOMS,
     "data": {"losses", "tasks"},
     "metrics": {"losses", "tasks"},
+    "evaluate_metrics": {"tasks", "metrics"},
     "training": TRAINING_ROOMS,
     "hub": TRAINING_ROOMS | {"version"},
     "pipelines": TRAINING_ROOMS,
