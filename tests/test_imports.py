@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": MODEL_ROOMS,
     "data": {"losses", "tasks"},
     "metrics": {"losses", "tasks"},
+    "evaluate_metrics": {"tasks", "metrics"},
     "training": TRAINING_ROOMS,
     "pipelines": TRAINING_ROOMS,
     "visualize": TRAINING_ROOMS,
