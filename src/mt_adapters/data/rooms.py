@@ -80,7 +80,7 @@ class RoomsDataset(Dataset[dict[str, Any]]):
     classes: ClassVar[tuple[str, ...]] = ROOMS_CLASSES
     # For the cards of models that were trained on it.
     summary: ClassVar[str] = (
-        "rooms: path-traced furnished interiors; the package ships a sample of 128 x 128 pixels. Frames CC-BY 4.0, the "
+        "rooms: path-traced furnished interiors; the package ships a sample of them. Frames CC-BY 4.0, the "
         "furniture models in them CC-BY 3.0 and CC0 (credits in the package's NOTICE)"
     )
 

@@ -115,7 +115,7 @@ def upload(
         )
     files = sorted(path for path in folder.iterdir() if path.is_file())
     stale = {name for name in present if is_ours(name)} - {path.name for path in files}
-    operations = [
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
         *(CommitOperationAdd(path.name, path) for path in files),
         *(CommitOperationDelete(name) for name in sorted(stale)),
     ]

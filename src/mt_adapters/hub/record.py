@@ -76,7 +76,7 @@ def measured_record(model: Any, run_folder: str | Path) -> dict[str, Any]:
     record = read_record(run_folder)
     if record.get("weights") != weights_digest(model):
         raise ValueError(
-            f"the results in {str(run_folder)!r} were measured with other weights than this model has, so its card may "
-            "not show them: push the model as it was saved there, or evaluate this one and save it with its results"
+            f"the results in {str(run_folder)!r} were measured with other weights than this model has, so its card "
+            "may not show them: push the model as it was saved there, or one without results"
         )
     return record
