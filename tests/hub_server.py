@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+import transformers.utils.hub
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
@@ -106,6 +107,8 @@ def use_hub(server: HubServer, patch: pytest.MonkeyPatch, home: Path, offline: b
         "AGENT_HARNESSES_PATH": str(home / ".agent_harnesses.json"),
     }.items():
         patch.setattr(constants, name, value)
+    # The one object through which transformers asks, made at its first call.
+    patch.setattr(transformers.utils.hub, "_hf_api", None)
     # huggingface_hub.upload_file and its like are methods of this one object, made at import.
     patch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
     # Calls are tried again as ever, only without seconds of waiting in between.

@@ -83,7 +83,8 @@ def rename_backbone(folder: Path, base_model: str | None) -> None:
     """Puts the backbone's public name in the place of a folder of this machine in the configs."""
     for file in folder.glob("*config.json"):
         config = json.loads(file.read_text(encoding="utf-8"))
-        for settings in (config, config.get("adapter") or {}):
+        for settings in (config, config.get("adapter") or {}, config.get("backbone_config") or {}):
+            settings.pop("_name_or_path", None)
             for key in ("backbone_name_or_path", "base_model_name_or_path"):
                 if key in settings:
                     settings[key] = base_model
