@@ -23,7 +23,7 @@ class MultitaskDensePredictionPipeline(Pipeline):
         tasks: names of the tasks to run; default: all. This, `timeout` and `batch_size` may also be given in a call.
 
     Raises:
-        ValueError: if `tasks` names a task that the model does not have.
+        ValueError: if the model is of another kind, or does not have one of `tasks`.
 
     Example:
         >>> import mt_adapters
@@ -44,8 +44,10 @@ class MultitaskDensePredictionPipeline(Pipeline):
     image_processor: Any
 
     # transformers.pipeline passes `local_files_only` on to the class.
-    def __init__(self, *args: Any, local_files_only: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: Any, *args: Any, local_files_only: bool = False, **kwargs: Any) -> None:
+        if not hasattr(model, "task_names"):
+            raise ValueError(f"the model is a {type(model).__name__}; this pipeline takes a VtaModel")
+        super().__init__(model, *args, **kwargs)
         self.model.eval()
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:

@@ -40,6 +40,7 @@ def register() -> None:
     AutoModel.register(VtaConfig, VtaModel, exist_ok=True)
     AutoImageProcessor.register(VtaConfig, image_processor_classes={"pil": VtaImageProcessorPil}, exist_ok=True)
     if PIPELINE_TASK not in PIPELINE_REGISTRY.get_supported_tasks():
+        # With AutoModel a folder of another model loads, and the pipeline can say what is wrong with it.
         PIPELINE_REGISTRY.register_pipeline(
-            PIPELINE_TASK, MultitaskDensePredictionPipeline, pt_model=VtaModel, type="image"
+            PIPELINE_TASK, MultitaskDensePredictionPipeline, pt_model=AutoModel, type="image"
         )
