@@ -60,25 +60,16 @@ def assert_same(results: dict[str, float], expected: dict[str, float]) -> None:
     np.testing.assert_array_equal(list(results.values()), list(expected.values()))
 
 
-def in_two_processes(kind: str, shares: list, settings: list[dict], folder: Path) -> list[dict[str, float] | None]:
-    """What compute gives in both; threads, because `evaluate` ties its locks to a thread as it does to a process."""
+def load_two(kind: str, folder: Path, *settings: dict) -> list[evaluate.Metric]:
+    settings = settings or (SETTINGS[kind], SETTINGS[kind])
+    shared = {"num_process": 2, "experiment_id": "two", "cache_dir": str(folder), "timeout": 20}
+    return [load(kind, process_id=process_id, **shared, **settings[process_id]) for process_id in range(2)]
 
-    def run(process_id: int) -> dict[str, float] | None:
-        metric = load(
-            kind,
-            num_process=2,
-            process_id=process_id,
-            experiment_id="two",
-            cache_dir=str(folder),
-            timeout=20,
-            **settings[process_id],
-        )
-        for prediction, label in shares[process_id]:
-            metric.add_batch(predictions=prediction, references=label)
-        return metric.compute()
 
+def compute_both(metrics: list[evaluate.Metric]) -> list[dict[str, float] | None]:
+    """The results in two processes; threads here, because the files that `evaluate` locks keep threads apart, too."""
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(run, range(2)))
+        return list(pool.map(lambda metric: metric.compute(), metrics))
 
 
 @every_setting
@@ -149,25 +140,27 @@ def test_ids_of_eight_bits_do_not_overflow():
 
 
 @every_kind
-def test_two_processes_give_the_digits_of_one(kind, tmp_path):
-    batches = [maps(kind, 2), maps(kind, 1), maps(kind, 2, 4, 9)]
-    settings = SETTINGS[kind]
-    expected = ours(kind, settings, *batches)
-    results, none = in_two_processes(kind, [batches[:1], batches[1:]], [settings, settings], tmp_path)
-    assert_same(results, expected)
-    assert none is None
+def test_two_processes_give_the_digits_of_one_time_after_time(kind, tmp_path):
+    metrics = load_two(kind, tmp_path)
+    for num_first in (1, 3):  # the second time the second process has nothing to add
+        batches = [maps(kind, 2), maps(kind, 1), maps(kind, 2, 4, 9)]
+        for index, (prediction, label) in enumerate(batches):
+            metrics[index >= num_first].add_batch(predictions=prediction, references=label)
+        results, none = compute_both(metrics)
+        assert_same(results, ours(kind, SETTINGS[kind], *batches))
+        assert none is None
 
 
-def test_a_process_may_have_nothing_to_add(tmp_path):
-    batch = maps("depth", 2)
-    results, _ = in_two_processes("depth", [[batch], []], [{}, {}], tmp_path)
-    assert_same(results, ours("depth", {}, batch))
+def test_processes_with_different_settings_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="not in step.*'tolerance': 1.*'tolerance': 2"):
+        compute_both(load_two("edges", tmp_path, {}, {"tolerance": 2}))
 
 
-def test_two_processes_with_different_settings_are_refused(tmp_path):
-    shares = [[maps("edges", 1)], [maps("edges", 1)]]
-    with pytest.raises(ValueError, match="different settings.*'tolerance': 1.*'tolerance': 2"):
-        in_two_processes("edges", shares, [{}, {"tolerance": 2}], tmp_path)
+def test_a_process_that_is_ahead_is_refused(tmp_path):
+    metrics = load_two("depth", tmp_path)
+    compute_both(metrics)
+    with pytest.raises(ValueError, match="not in step.*'compute': 0.*'compute': 1"):
+        compute_both([metrics[0], load_two("depth", tmp_path)[1]])
 
 
 def test_the_processes_of_torch_distributed_are_not_added_up_once_more(monkeypatch):

@@ -1,8 +1,8 @@
 """The metrics of the dense tasks for the library `evaluate`: a script per task kind, loaded by path, without network.
 
 With several processes give `evaluate.load` an `experiment_id` of its own for each metric, besides `num_process` and
-`process_id`, and call `compute` in every process; the processes wait for one another there, `timeout` seconds at most
-(default 100).
+`process_id`, and call `compute` in every process. They wait for one another there, `timeout` seconds at most (default
+100), but the first works on while the others return: let them meet (a barrier) before the next `compute`.
 """
 
 from pathlib import Path

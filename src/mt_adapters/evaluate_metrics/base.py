@@ -16,7 +16,7 @@ import torch
 from datasets import Features, List, Value
 from torch import Tensor
 
-from mt_adapters.metrics import METRICS
+from mt_adapters.metrics import METRICS, TaskMetrics
 from mt_adapters.tasks import get_task
 
 # `evaluate` would swallow a setting that it does not know.
@@ -46,6 +46,7 @@ class TaskMetric(evaluate.Metric):
         self._task = get_task(self.kind, **settings)  # says so if num_labels is missing
         self._metric = METRICS[self.kind](**settings)
         self._settings = {name: getattr(self._metric, name) for name in known}
+        self._num_computed = 0
         super().__init__(**kwargs)
 
     def _info(self) -> evaluate.MetricInfo:
@@ -54,8 +55,8 @@ class TaskMetric(evaluate.Metric):
             description=description,
             citation=self.source,
             inputs_description=usage,
-            # These names are what `evaluate` calls the inputs. It keeps the sums under the first, and the settings
-            # they were counted with under the second.
+            # These names are what `evaluate` calls the inputs. It keeps the sums under the first, and under the
+            # second what must be equal in all processes for the sums to add up.
             features=Features({"predictions": List(Value("int64")), "references": Value("string")}),
         )
 
@@ -80,16 +81,21 @@ class TaskMetric(evaluate.Metric):
             self.add_batch(predictions=predictions, references=references)
         if self.num_process == 1 and not self._metric.update_called:
             raise ValueError("nothing was added: give predictions=... and references=..., or call add_batch before")
-        sums = torch.cat([state.flatten() for state in self._metric.metric_state.values()])
-        super().add_batch(predictions=[sums.tolist()], references=[str(self._settings)])
+        sums = torch.cat([state.flatten() for state in _states(self._metric)])
+        counted = {"compute": self._num_computed} | self._settings
+        super().add_batch(predictions=[sums.tolist()], references=[str(counted)])
         self._metric.reset()
+        self._num_computed += 1
         return super().compute()
 
     def _compute(self, *, predictions: list[list[int]], references: list[str]) -> dict[str, float]:
         if len(set(references)) > 1:
-            raise ValueError(f"the processes have different settings: {sorted(set(references))}; load with the same")
+            raise ValueError(
+                f"the processes are not in step: {sorted(set(references))}; load the metric with the same settings in "
+                "each, and after compute wait for the first process (a barrier) before the next compute"
+            )
         metric = METRICS[self.kind](**self._settings)
-        states = metric.metric_state.values()
+        states = _states(metric)
         sums = torch.tensor(predictions).sum(dim=0).split([state.numel() for state in states])
         for state, sum_ in zip(states, sums, strict=True):
             state += sum_.view_as(state)
@@ -110,6 +116,10 @@ class TaskMetric(evaluate.Metric):
         if maps.is_floating_point() and isinstance(self._task.unlabelled, int):
             raise ValueError(f"{name} are {maps.dtype}; {self.kind} needs integer ids: take the argmax of logits")
         return maps
+
+
+def _states(metric: TaskMetrics) -> list[Tensor]:
+    return [getattr(metric, name) for name in metric.metric_state]
 
 
 def _to_tensor(name: str, maps: Any) -> Tensor:
