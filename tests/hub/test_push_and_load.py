@@ -327,7 +327,9 @@ def test_a_backbone_from_a_folder_is_published_under_its_public_name_only(hub, b
         model.push_adapter_to_hub(ADAPTER)
     model.push_adapter_to_hub(ADAPTER, base_model=BASE)
     model.push_to_hub(MODEL)
-    assert_same(logits_of(VtaModel.from_adapter(ADAPTER), make_images(SIZE)), logits_of(model.eval(), make_images(SIZE)))
+    assert_same(
+        logits_of(VtaModel.from_adapter(ADAPTER), make_images(SIZE)), logits_of(model.eval(), make_images(SIZE))
+    )
     assert ModelCard.load(ADAPTER).data.base_model == BASE
     for repo_id in (ADAPTER, MODEL):
         for name, content in hub.files(repo_id).items():

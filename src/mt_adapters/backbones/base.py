@@ -141,10 +141,10 @@ class BackboneFamily(ABC):
         Raises:
             ValueError: if the config asks for more blocks than any backbone has.
         """
-        num_blocks = sum(getattr(config, "depths", None) or [getattr(config, "num_hidden_layers", 0)])
-        if not 1 <= num_blocks <= MAX_BLOCKS:
+        depths = list(getattr(config, "depths", None) or [getattr(config, "num_hidden_layers", 0)])
+        if min(depths) < 1 or sum(depths) > MAX_BLOCKS:
             raise ValueError(
-                f"this {self.model_type} config asks for {num_blocks:,} blocks; allowed are 1 to {MAX_BLOCKS:,}: the "
+                f"this {self.model_type} config asks for {depths} blocks; allowed are 1 to {MAX_BLOCKS} in all: the "
                 "config is damaged or hostile, get it again"
             )
 

@@ -36,7 +36,7 @@ def weight_files(source: str | Path, **options: Any) -> list[Path]:
 
     Raises:
         OSError: if there is none; pickled weights do not count.
-        ValueError: if the index names a file that is no safetensors file of the repository.
+        ValueError: if the index names a file that is no safetensors file of the repository, or this holds an adapter.
     """
     variant = options.pop("variant", None)
     for name in (WEIGHT_FILE, INDEX_FILE):
@@ -46,6 +46,10 @@ def weight_files(source: str | Path, **options: Any) -> list[Path]:
         if file is not None:
             break
     else:
+        if cached_file(str(source), "adapter_config.json", _raise_exceptions_for_missing_entries=False, **options):
+            raise ValueError(
+                f"{str(source)!r} holds an adapter and not a full model: load it with VtaModel.from_adapter"
+            )
         raise OSError(f"there is no {WEIGHT_FILE} (or {INDEX_FILE})")
     if not file.endswith(".json"):
         return [Path(file)]

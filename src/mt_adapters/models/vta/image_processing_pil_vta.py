@@ -42,6 +42,15 @@ class VtaImageProcessorPil(PilBackend):
     def __init__(self, **kwargs: Unpack[VtaImageProcessorKwargs]) -> None:
         super().__init__(**kwargs)  # type: ignore[misc]
 
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        if image_processor_dict.get("auto_map"):
+            raise ValueError(
+                "the image processor's config has 'auto_map', which names code of the repository; none is needed or "
+                "used: do not load it, or remove the key"
+            )
+        return super().from_dict(image_processor_dict, **kwargs)
+
     def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Runs when a processor is made or loaded, and at every call."""
         kwargs = super()._standardize_kwargs(**kwargs)
