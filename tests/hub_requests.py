@@ -65,8 +65,10 @@ class Handler(BaseHTTPRequestHandler):
                 if failure is True:
                     self.close_connection = True
                     return
-                is_status = isinstance(failure, int) and failure
-                answer = Answer(failure, {"error": "failed on purpose"}) if is_status else self._answer(url.path)
+                if isinstance(failure, int) and failure:
+                    answer = Answer(failure, {"error": "failed on purpose"})
+                else:
+                    answer = self._answer(url.path)
         self._send(answer, cut=failure == "cut")
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve

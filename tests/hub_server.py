@@ -72,12 +72,12 @@ class HubServer(ThreadingHTTPServer):
         """How many requests of this method had the pattern in their path."""
         return sum(kind == method and bool(re.search(pattern, path)) for kind, path in self.requests)
 
-    def environment(self, home: Path, offline: bool = False) -> dict[str, str]:
-        """The environment of a new process that uses this Hub and no other, with its cache in the folder `home`."""
-        unset = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN_PATH", "HF_ASSETS_CACHE", "TRANSFORMERS_OFFLINE")
-        return {name: value for name, value in os.environ.items() if name not in unset} | {
+    def variables(self, home: Path, offline: bool = False) -> dict[str, str]:
+        """What sets a new process to this Hub and no other, with its cache in the folder `home`."""
+        return {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
+            "HF_HUB_CACHE": str(home / "hub"),
             "HF_TOKEN": TOKEN,
             "HF_HUB_OFFLINE": str(int(offline)),
             "HF_HUB_DISABLE_XET": "1",
@@ -87,11 +87,17 @@ class HubServer(ThreadingHTTPServer):
             "no_proxy": "127.0.0.1",
         }
 
+    def environment(self, home: Path, offline: bool = False) -> dict[str, str]:
+        """The whole environment of such a process: that of this one with the variables above."""
+        unset = ("HF_TOKEN_PATH", "HF_ASSETS_CACHE", "TRANSFORMERS_OFFLINE")
+        inherited = {name: value for name, value in os.environ.items() if name not in unset}
+        return inherited | self.variables(home, offline)
+
 
 def use_hub(server: HubServer, patch: pytest.MonkeyPatch, home: Path, offline: bool = False) -> None:
     """Gives this process, which has long imported huggingface_hub, what `environment` gives a new one."""
-    for name, value in server.environment(home, offline).items():
-        patch.setenv(name, value)
+    for variable, text in server.variables(home, offline).items():
+        patch.setenv(variable, text)
     # Everything in huggingface_hub and transformers reads these from the module at each call.
     for name, value in {
         "ENDPOINT": server.url,
