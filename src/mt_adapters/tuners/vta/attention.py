@@ -47,11 +47,10 @@ class TaskAttentionBias(nn.Module):
             blocks_Bhww = F.interpolate(blocks_Bhww.unsqueeze(1), size=(rows, columns, columns), mode="trilinear")[
                 :, 0
             ]
-        bias = blocks_Bhww.new_zeros(blocks_Bhww.shape[0], rows, columns, rows, columns)
-        row = torch.arange(rows, device=bias.device)
-        # Indexing both row axes at once puts them in front: (h, B, w, w).
-        bias[:, row, :, row, :] = blocks_Bhww.transpose(0, 1)
-        return bias.view(-1, rows * columns, rows * columns)
+        # A product, not an indexed write, which ONNX lacks between two axes that are apart.
+        same_row_h1h1 = torch.eye(rows, dtype=blocks_Bhww.dtype, device=blocks_Bhww.device)[:, None, :, None]
+        bias_Bhwhw = blocks_Bhww.unsqueeze(3) * same_row_h1h1
+        return bias_Bhwhw.view(-1, rows * columns, rows * columns)
 
 
 def resize_dense(bias_BLL: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
