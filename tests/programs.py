@@ -19,6 +19,7 @@ from mt_adapters.data.rooms import SAMPLE_DIR
 
 REPOSITORY = Path(__file__).parents[1]
 EXAMPLES = REPOSITORY / "examples"
+COMMAND_LINE = "mt-adapters"
 NUM_TRAIN, NUM_VALIDATION = 9, 5
 SIZE = 64
 BACKBONE_CONFIG = {
@@ -49,21 +50,21 @@ _CONTEXT.set_forkserver_preload(
 
 
 def start_program(name: str, *arguments: object, log: Path, **environment: str) -> BaseProcess:
-    """Starts examples/NAME as if from a shell; what it prints goes to `log`."""
-    argv = [str(EXAMPLES / name), *map(str, arguments)]
+    """Starts examples/NAME, or the command line `mt-adapters`, as if from a shell; what it prints goes to `log`."""
+    argv = [name if name == COMMAND_LINE else str(EXAMPLES / name), *map(str, arguments)]
     process = _CONTEXT.Process(target=_run, args=(argv, str(log), environment))
     process.start()
     return process
 
 
-def run_program(name: str, *arguments: object) -> str:
-    """Runs examples/NAME to its end and returns what it printed."""
+def run_program(name: str, *arguments: object, exit_status: int = 0) -> str:
+    """Runs examples/NAME, or the command line, to its end and returns what it printed."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         process = start_program(name, *arguments, log=log)
         process.join()
         printed = log.read_text()
-    assert process.exitcode == 0, printed
+    assert process.exitcode == exit_status, printed
     return printed
 
 
@@ -74,7 +75,13 @@ def _run(argv: list[str], log: str, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
     sys.argv = argv
-    runpy.run_path(argv[0], run_name="__main__")
+    if argv[0] == COMMAND_LINE:
+        # As the script that pip installs: JSON on the standard output, everything else beside it.
+        from mt_adapters_cli import main
+
+        main()
+    else:
+        runpy.run_path(argv[0], run_name="__main__")
 
 
 def write_recipe(folder: Path, **settings: Any) -> Path:

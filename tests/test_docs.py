@@ -9,7 +9,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+import typer
 
+import mt_adapters_cli
 from mt_adapters.training import arguments as training_arguments
 from programs import EXAMPLES, REPOSITORY
 
@@ -57,6 +59,15 @@ def commands(text: str) -> list[tuple[str, str]]:
 COMMANDS = [(path, *command) for path in TEXTS for command in commands(path.read_text(encoding="utf-8"))]
 
 
+OWN_COMMAND = re.compile(r"(?:bin/|^|\s)mt(?:-adapters|_adapters_cli) ([a-z]+)((?: [^\n`#]*)?)", flags=re.MULTILINE)
+OWN_COMMANDS = [
+    (path, match[1], match[2])
+    for path in TEXTS
+    for block in re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for match in OWN_COMMAND.finditer(block)
+]
+
+
 class Parsed(Exception):
     """Raised with a program's parser instead of the program's work."""
 
@@ -87,7 +98,8 @@ def test_the_examples_in_docstrings_give_what_they_show(name: str) -> None:
 
 def test_the_texts_show_commands() -> None:
     files = {path.name for path, *_ in COMMANDS}
-    assert {"README.md", "train_multitask.py", "evaluate.py", "predict.py", "rooms_dinov2_small.yaml"} <= files
+    assert {"README.md", "train_multitask.py", "predict.py", "rooms_dinov2_small.yaml"} <= files
+    assert {command for _, command, _ in OWN_COMMANDS} >= {"info", "predict", "evaluate", "push"}
 
 
 @pytest.mark.parametrize(
@@ -102,6 +114,18 @@ def test_a_command_names_a_program_and_options_that_exist(
     assert [word for word in words if word.startswith("--") and word.partition("=")[0] not in known] == []
     for word in words:
         assert not word.startswith("examples/") or (REPOSITORY / word).is_file(), word
+
+
+@pytest.mark.parametrize(
+    ("path", "command", "options"),
+    OWN_COMMANDS,
+    ids=[f"{path.name}: {' '.join(rest)}" for path, *rest in OWN_COMMANDS],
+)
+def test_a_command_of_mt_adapters_and_its_options_exist(path: Path, command: str, options: str) -> None:
+    known = typer.main.get_command(mt_adapters_cli.app).commands
+    assert command in known
+    allowed = {name for parameter in known[command].params for name in parameter.opts}
+    assert {word.partition("=")[0] for word in shlex.split(options) if word.startswith("--")} <= allowed
 
 
 def test_options_named_outside_of_commands_exist(monkeypatch: pytest.MonkeyPatch) -> None:

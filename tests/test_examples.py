@@ -147,33 +147,6 @@ def test_the_training_prints_parameters_and_results(trained: Path) -> None:
     assert str(trained / "predictions.png") in printed
 
 
-@pytest.mark.parametrize("adapter", [False, True], ids=["model", "adapter"])
-def test_evaluating_what_was_trained_gives_the_results_of_the_training(
-    tmp_path: Path, trained: Path, rooms_folder: Path, adapter: bool
-) -> None:
-    output = tmp_path / "results.json"
-    source = [trained / "adapter", "--adapter"] if adapter else [trained]
-    options = ("--data_dir", rooms_folder, "--batch_size", 2, "--num_workers", 0, "--output", output)
-    printed = run_program("evaluate.py", *source, *options)
-    results = json.loads(output.read_text())
-    assert results == read_metrics(trained)["results"]
-    assert f"{NUM_VALIDATION} validation images of rooms at {SIZE} x {SIZE} pixels" in printed
-    assert f"| depth | RMSE, m | {results['depth']['rmse']:.3f} |" in printed
-
-
-def test_an_adapter_is_evaluated_on_a_backbone_that_has_moved(
-    tmp_path: Path, trained: Path, rooms_folder: Path, backbone_folder: Path
-) -> None:
-    moved = tmp_path / "moved"
-    moved.mkdir()
-    for path in backbone_folder.iterdir():
-        (moved / path.name).write_bytes(path.read_bytes())
-    output = tmp_path / "results.json"
-    options = ("--data_dir", rooms_folder, "--batch_size", 2, "--num_workers", 0, "--output", output)
-    run_program("evaluate.py", trained / "adapter", "--adapter", "--backbone", moved, *options)
-    assert json.loads(output.read_text()) == read_metrics(trained)["results"]
-
-
 def test_predictions_have_the_size_of_the_photo_also_of_one_that_lies_on_its_side(
     tmp_path: Path, trained: Path
 ) -> None:
@@ -276,7 +249,7 @@ def test_two_backbones_at_once_are_refused(tmp_path: Path, rooms_folder: Path, b
     )
 
 
-@pytest.mark.parametrize("program", ["evaluate.py", "predict.py", "attach_to_backbone.py"])
+@pytest.mark.parametrize("program", ["predict.py", "attach_to_backbone.py", "export_onnx.py"])
 def test_a_program_explains_itself_with_its_docstring(program: str) -> None:
     docstring = (EXAMPLES / program).read_text().split('"""')[1]
     assert docstring.strip() in run_program(program, "--help")

@@ -224,7 +224,7 @@ def test_file_names_that_lead_out_of_the_repository_are_not_fetched(served, hub,
     ]
     served(loader, lambda files: files.update(dict.fromkeys(names, b"evil")))()
     assert not [path for _, path in hub.requests if "evil" in path or path.endswith("/x")]
-    assert not [path for path in tmp_path.rglob("*evil*")]
+    assert not list(tmp_path.rglob("*evil*"))
 
 
 @pytest.mark.parametrize("name", ["../../evil", "a/b", "depth.", "", "DEPTH", "x" * 3 + "\n"])
@@ -329,6 +329,13 @@ def test_an_adapter_for_another_backbone_is_refused(served, hub, tmp_path):
 def test_a_damaged_config_of_an_adapter_is_named(served, name, content):
     with pytest.raises(ValueError, match=rf"{name} of '{ADAPTER}' is damaged"):
         served("from_adapter", lambda files: files.update({name: content}))()
+
+
+@own_loaders
+def test_a_config_without_a_backbone_is_refused(served, loader):
+    repository, _ = LOADERS[loader]
+    with pytest.raises(ValueError, match="config has no backbone_config"):
+        served(loader, edit_json(CONFIGS[repository], backbone_config=None))()
 
 
 def test_the_wrong_kind_of_repository_is_explained(served):

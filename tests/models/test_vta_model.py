@@ -219,3 +219,20 @@ def test_a_model_that_was_built_from_its_config_starts_as_a_no_op():
         with_task = rebuilt.backbone(images, task_ids=torch.tensor([1, 1])).last_hidden_state
         rebuilt.backbone.disable_adapters()
         assert torch.equal(rebuilt.backbone(images).last_hidden_state, with_task)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"adapter": VtaAdapterConfig(train_adapted_blocks=True)}, {"adapter": None}, {"train_backbone": True}],
+    ids=["adapter", "trained copies", "no adapter", "trained backbone"],
+)
+@pytest.mark.parametrize("family", ["swin", "dinov2"])
+def test_a_loaded_model_trains_what_it_trained_before_it_was_saved(tmp_path, family, settings):
+    model = make_model(family, **settings)
+    model.save_pretrained(tmp_path)
+    loaded = VtaModel.from_pretrained(tmp_path)
+    trainable = [{name for name, one in m.named_parameters() if one.requires_grad} for m in (model, loaded)]
+    assert trainable[0] == trainable[1]
+    assert loaded.parameter_report() == model.parameter_report()
+    other = VtaModel.from_pretrained(tmp_path, train_backbone=not settings.get("train_backbone", False))
+    assert (other.parameter_report()["backbone"]["trainable"] > 0) == (not settings.get("train_backbone", False))

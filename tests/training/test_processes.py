@@ -12,7 +12,16 @@ import torch
 from safetensors.torch import load_file
 
 from mt_adapters import VtaModel
-from programs import BACKBONE_CONFIG, EXAMPLES, NUM_VALIDATION, RECIPE, run_program, start_program, write_recipe
+from programs import (
+    BACKBONE_CONFIG,
+    COMMAND_LINE,
+    EXAMPLES,
+    NUM_VALIDATION,
+    RECIPE,
+    run_program,
+    start_program,
+    write_recipe,
+)
 
 
 def free_port() -> str:
@@ -87,11 +96,12 @@ def test_two_processes_with_uneven_shares_evaluate_to_the_same_digits_as_one(
     results = []
     for name in ("one", "two"):
         output = tmp_path / f"{name}.json"
-        options = (trained, "--data_dir", rooms_folder, "--batch_size", 1, "--num_workers", 0, "--output", output)
+        options = ("evaluate", trained, "--data-dir", rooms_folder, "--batch-size", 1, "--num-workers", 0)
+        options += ("--output", output)
         if name == "one":
-            run_program("evaluate.py", *options)
+            run_program(COMMAND_LINE, *options)
         else:
-            printed = run_two(tmp_path, "evaluate.py", *options)
+            printed = run_two(tmp_path, COMMAND_LINE, *options)
             assert ["validation images" in text for text in printed] == [True, False]
         results.append(json.loads(output.read_text()))
     assert results[0] == results[1]

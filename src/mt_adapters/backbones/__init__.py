@@ -1,7 +1,7 @@
 """The seam to transformers: one small file per family of backbones."""
 
 from mt_adapters.backbones.base import BackboneFamily, Tokens
-from mt_adapters.backbones.loading import check_report, load_backbone, readable_weight_errors
+from mt_adapters.backbones.loading import check_report, load_backbone
 from mt_adapters.backbones.table import FAMILIES, get_family
 
 __all__ = [
@@ -11,5 +11,4 @@ __all__ = [
     "check_report",
     "get_family",
     "load_backbone",
-    "readable_weight_errors",
 ]

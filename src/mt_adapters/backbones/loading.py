@@ -1,18 +1,15 @@
 """Pretrained backbones from a Hub id, a folder or a config; safetensors only."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, ViTConfig
 
 from mt_adapters.backbones.base import BackboneFamily
 from mt_adapters.backbones.table import get_family
-from mt_adapters.hub.download import check_size, weight_files
+from mt_adapters.hub.download import build_on_meta, check_size, readable_weight_errors, weight_files
 
 
 def load_backbone(source: str | Path | PreTrainedConfig, **options: Any) -> PreTrainedModel:
@@ -33,7 +30,8 @@ def load_backbone(source: str | Path | PreTrainedConfig, **options: Any) -> PreT
         config = image_encoder_config(AutoConfig.from_pretrained(source, trust_remote_code=False, **options))
         family = get_family(config.model_type)
         family.check_num_blocks(config)
-        check_size(source, lambda: AutoModel.from_config(config), weight_files(source, **options))
+        described = build_on_meta(source, lambda: AutoModel.from_config(config))
+        check_size(source, described, weight_files(source, **options))
         model, report = AutoModel.from_pretrained(
             source,
             config=config,
@@ -73,20 +71,3 @@ def check_report(source: str | Path, report: Mapping[str, Any], family: Backbone
             f"the weights of {str(source)!r} do not fit: {key!r} has the shape {tuple(found)}, expected "
             f"{tuple(expected)}: {mend}"
         )
-
-
-@contextmanager
-def readable_weight_errors(source: str | Path) -> Iterator[None]:
-    """Turns what transformers and safetensors raise for a missing, damaged or pickled file into a clear ValueError."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise ValueError(
-            f"the weight file of {str(source)!r} is truncated or no safetensors file ({error}): get it again, or "
-            "convert it with safetensors; pickled weights are never loaded"
-        ) from error
-    except (OSError, HFValidationError) as error:
-        raise ValueError(
-            f"cannot load {str(source)!r}: {error}. Give a Hub id or a folder that holds config.json and "
-            "model.safetensors; pickled weights (.bin, .pt) are never loaded"
-        ) from error

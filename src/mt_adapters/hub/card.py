@@ -151,7 +151,7 @@ def eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
     ]
 
 
-def summary(record: Mapping[str, Any], is_adapter: bool) -> str:
+def summary(record: Mapping[str, Any], is_adapter: bool = False) -> str:
     backbone = f"{record['backbone']} backbone" + (f" ({record['base_model']})" if record["base_model"] else "")
     adapter = {None: "no adapters", "VTA": "task-conditioned adapters"}.get(
         record["adapter"], f"{record['adapter']} adapters"

@@ -3,13 +3,15 @@
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils.hub import cached_file, cached_files
 
@@ -26,6 +28,12 @@ def fetch(source: str | Path, files: Iterable[str], **options: Any) -> Path:
     if Path(source).is_dir():
         return Path(source)
     return Path(snapshot_download(str(source), allow_patterns=list(files), **options))
+
+
+def holds_adapter(source: str | Path, **options: Any) -> bool:
+    """Whether a folder or repository holds an adapter in peft's format, and not a full model."""
+    name = "adapter_config.json"
+    return cached_file(str(source), name, _raise_exceptions_for_missing_entries=False, **options) is not None
 
 
 def weight_files(source: str | Path, **options: Any) -> list[Path]:
@@ -46,7 +54,7 @@ def weight_files(source: str | Path, **options: Any) -> list[Path]:
         if file is not None:
             break
     else:
-        if cached_file(str(source), "adapter_config.json", _raise_exceptions_for_missing_entries=False, **options):
+        if holds_adapter(source, **options):
             raise ValueError(
                 f"{str(source)!r} holds an adapter and not a full model: load it with VtaModel.from_adapter"
             )
@@ -97,12 +105,12 @@ def build_on_meta(source: str | Path, build: Callable[[], nn.Module]) -> Any:
         raise ValueError(f"the config of {str(source)!r} describes no model that can be built: {error}") from error
 
 
-def check_size(source: str | Path, build: Callable[[], nn.Module], files: Iterable[Path]) -> None:
+def check_size(source: str | Path, described: nn.Module, files: Iterable[Path]) -> None:
     """
     Raises:
         ValueError: if a config asks for far more memory than the weights that came with it fill.
     """
-    declared = sum(tensor.numel() for tensor in build_on_meta(source, build).state_dict().values())
+    declared = sum(tensor.numel() for tensor in described.state_dict().values())
     found = num_elements(files)
     if declared > 2 * found + SPARE_ELEMENTS:
         raise ValueError(
@@ -114,3 +122,20 @@ def check_size(source: str | Path, build: Callable[[], nn.Module], files: Iterab
 def hub_options(options: Mapping[str, Any], *more: str) -> dict[str, Any]:
     """Those of a call's options that say where files come from."""
     return {name: options[name] for name in (*HUB_OPTIONS, *more) if options.get(name) is not None}
+
+
+@contextmanager
+def readable_weight_errors(source: str | Path) -> Iterator[None]:
+    """Turns what transformers and safetensors raise for a missing, damaged or pickled file into a clear ValueError."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weight file of {str(source)!r} is truncated or no safetensors file ({error}): get it again, or "
+            "convert it with safetensors; pickled weights are never loaded"
+        ) from error
+    except (OSError, HFValidationError) as error:
+        raise ValueError(
+            f"cannot load {str(source)!r}: {error}. Give a Hub id or a folder that holds config.json and "
+            "model.safetensors; pickled weights (.bin, .pt) are never loaded"
+        ) from error

@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from mt_adapters.backbones import get_family, load_backbone, readable_weight_errors
-from mt_adapters.hub.download import build_on_meta, fetch, hub_options
+from mt_adapters.backbones import get_family, load_backbone
+from mt_adapters.hub.download import build_on_meta, fetch, hub_options, readable_weight_errors
 from mt_adapters.models.vta.attach import AdapterReport, fit, renamed_keys, settings_for
 from mt_adapters.models.vta.configuration_vta import VtaConfig
 from mt_adapters.tuners.vta import TaskConditioning

@@ -17,9 +17,9 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
-from mt_adapters.backbones import Tokens, check_report, get_family, load_backbone, readable_weight_errors
+from mt_adapters.backbones import Tokens, check_report, get_family, load_backbone
 from mt_adapters.decoders import get_decoder
-from mt_adapters.hub.download import check_size, hub_options, weight_files
+from mt_adapters.hub.download import build_on_meta, check_size, hub_options, readable_weight_errors, weight_files
 from mt_adapters.models.vta.adapter_files import (
     config_from_dict,
     config_to_dict,
@@ -98,6 +98,8 @@ class VtaModel(PreTrainedModel):
     def __init__(self, config: VtaConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         backbone_config: Any = config.backbone_config
+        if not isinstance(backbone_config, PreTrainedConfig):
+            raise ValueError("the config has no backbone_config, so there is no model to build: use from_backbone")
         self.family = get_family(backbone_config.model_type)
         self.family.check_num_blocks(backbone_config)
         self.tasks: list[Task] = get_tasks(config.tasks or ())
@@ -180,15 +182,19 @@ class VtaModel(PreTrainedModel):
         # Weights of another shape are refused below, with a message that names them.
         kwargs |= {"use_safetensors": True, "ignore_mismatched_sizes": True}
         with readable_weight_errors(source):
-            options = hub_options(kwargs, "subfolder")
-            config = kwargs.get("config")
-            if not isinstance(config, VtaConfig):
-                config = VtaConfig.from_pretrained(config or source, **options)
             files = weight_files(source, **hub_options(kwargs, "subfolder", "variant"))
-            check_size(source, lambda: cls(copy.deepcopy(config)), files)
+            settings = dict(kwargs)
+            config: Any = settings.pop("config", None)
+            if not isinstance(config, VtaConfig):
+                config, _ = VtaConfig.from_pretrained(config or source, return_unused_kwargs=True, **settings)
+            described = build_on_meta(source, lambda: cls(copy.deepcopy(config)))
+            check_size(source, described, files)
             loaded: Any = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         model, report = loaded
         check_report(source, report)
+        # transformers lets every tensor that it loads ask for a gradient.
+        for parameter, meta in zip(model.parameters(), described.parameters(), strict=True):
+            parameter.requires_grad = meta.requires_grad
         return (model, report) if wants_report else model
 
     def _inject_adapter(self, config: VtaConfig) -> None:
