@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from mt_adapters.backbones import get_family, load_backbone
+from mt_adapters.backbones import load_backbone
 from mt_adapters.hub.download import build_on_meta, fetch, hub_options, readable_weight_errors
 from mt_adapters.models.vta.attach import AdapterReport, fit, renamed_keys, settings_for
 from mt_adapters.models.vta.configuration_vta import VtaConfig
@@ -117,8 +117,6 @@ def load_adapter_files(
     # A model of the adapter's own kind, without memory, says what the files must hold.
     own_config: Any = copy.deepcopy(config)
     own_config.adapter = dict(settings)
-    backbone_config: Any = own_config.backbone_config
-    get_family(backbone_config.model_type).check_num_blocks(backbone_config)
     own = build_on_meta(source, lambda: cls(own_config))
     task_names = own.task_names
     chosen = check_choice(tasks, task_names)
