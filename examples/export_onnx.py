@@ -39,9 +39,14 @@ class TaskLogits(nn.Module):
 
 
 def smallest_free_size(model: VtaModel) -> int:
-    """Side of the smallest image of a file for any size: no stage of the backbone is just one window."""
-    config = model.config.backbone_config
-    return model.family.min_image_size(config) + model.family.map_strides(config)[-1]
+    """Side of the smallest image of a file for any size: there, each stage's map is larger than a window."""
+    family, config = model.family, model.config.backbone_config
+    if not family.windowed:
+        return family.min_image_size(config)
+    return max(
+        max(family.attention_grid(config, stage)) * stride + 1
+        for stage, stride in enumerate(family.map_strides(config))
+    )
 
 
 def export(model: VtaModel, file: Path, side: int, any_size: bool) -> None:
