@@ -5,9 +5,10 @@
     python examples/export_onnx.py outputs/rooms_dinov2_small/adapter model.onnx --adapter
 
 The file takes "pixel_values" (batch, 3, height, width), as the image processor makes them, and gives each task's
-logits under the task's name. The batch has any size. Height and width are free from a smallest size on that is
-printed. Swin needs --image_size above it (225 pixels for a window of 7): at smaller sizes its last stage is one
-window, which transformers does not shift, so that the file is another one and takes that one size only.
+logits under the task's name. The batch has any size. Height and width are free from the size on that is printed;
+below it a file takes one size only. For Swin it is 225 pixels (window of 7): in smaller images the last stage is one
+window, which transformers does not shift, and an ONNX graph either shifts or does not. A file for any size gives
+slightly wrong results, and no error, for smaller images.
 
 Needs onnx and onnxruntime. The largest difference from torch, relative to the largest logit, is printed for each task.
 """
@@ -39,9 +40,14 @@ class TaskLogits(nn.Module):
 
 
 def smallest_free_size(model: VtaModel) -> int:
-    """Side of the smallest image of a file for any size: no stage of the backbone is just one window."""
-    config = model.config.backbone_config
-    return model.family.min_image_size(config) + model.family.map_strides(config)[-1]
+    """Side of the smallest image of a file for any size: there, each stage's map is larger than a window."""
+    family, config = model.family, model.config.backbone_config
+    if not family.windowed:
+        return family.min_image_size(config)
+    return max(
+        max(family.attention_grid(config, stage)) * stride + 1
+        for stage, stride in enumerate(family.map_strides(config))
+    )
 
 
 def export(model: VtaModel, file: Path, side: int, any_size: bool) -> None:
@@ -113,15 +119,16 @@ def main() -> None:
         print(f"height and width: fixed at {side} x {side}; any size needs --image_size {smallest} or more\n")
     session = onnxruntime.InferenceSession(arguments.file, providers=["CPUExecutionProvider"])
     sizes = [(side, side), (side + 19, side + 6)] if any_size else [(side, side)]
-    largest = 0.0
+    found = []
     print(f"{'task':12} {'batch':>5} {'height':>6} {'width':>6}  largest relative difference from torch")
     for size in sizes:
         for batch_size in (1, 3):
             for task, difference in differences(model, session, batch_size, size).items():
                 print(f"{task:12} {batch_size:5} {size[0]:6} {size[1]:6}  {difference:.1e}")
-                largest = max(largest, difference)
-    if not largest < TOLERANCE:
-        raise SystemExit(f"the largest difference is {largest:.1e}, not below {TOLERANCE}; try --fixed_size")
+                found.append(difference)
+    # Written so that NaN fails.
+    if not all(difference < TOLERANCE for difference in found):
+        raise SystemExit(f"a difference is not below {TOLERANCE}; try --fixed_size")
 
 
 if __name__ == "__main__":

@@ -16,12 +16,14 @@ from mt_adapters import VtaModel
 from programs import EXAMPLES, run_program
 from tiny_models import differ, logits_of, make_backbone, make_images, randomize
 
+pytestmark = pytest.mark.slow
+
 TASKS = ["depth", "normals"]
 # Tracing takes time per block; Swin keeps one block with shifted windows in both adapted stages.
 CHANGES = {"swin": {"depths": [1, 1, 2, 2]}, "dinov2": {"num_hidden_layers": 4}}
 # The side that the program checks, and further sizes: with and without padding of patches, windows and merged tokens.
 SIDE = {"swin": 70, "dinov2": 56}
-SIZES = {"swin": [(65, 91), (96, 128)], "dinov2": [(28, 84), (61, 90)]}
+SIZES = {"swin": [(65, 91), (96, 128)], "dinov2": [(14, 84), (61, 90)]}
 
 
 class Exported(NamedTuple):
@@ -65,7 +67,6 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return Exported(family, model, folder, open_session(file), printed)
 
 
-@pytest.mark.slow
 def test_one_named_output_per_task(exported: Exported) -> None:
     (given,) = exported.session.get_inputs()
     assert (given.name, given.shape) == ("pixel_values", ["batch", 3, "height", "width"])
@@ -75,7 +76,6 @@ def test_one_named_output_per_task(exported: Exported) -> None:
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_any_batch_and_image_size_agrees_with_torch(exported: Exported, batch_size: int) -> None:
     for size in SIZES[exported.family]:
@@ -83,7 +83,6 @@ def test_any_batch_and_image_size_agrees_with_torch(exported: Exported, batch_si
             assert difference < 1e-4, (task, size)
 
 
-@pytest.mark.slow
 def test_tasks_and_adapters_matter(exported: Exported) -> None:
     pixel_values = make_images((96, 96), 1)
     depth, normals = exported.session.run(TASKS, {"pixel_values": pixel_values.numpy()})
@@ -100,7 +99,6 @@ def test_tasks_and_adapters_matter(exported: Exported) -> None:
     assert differ(torch.from_numpy(normals), changed["normals"])
 
 
-@pytest.mark.slow
 def test_prints_a_table_and_notices_a_difference(exported: Exported) -> None:
     assert "height and width: any from" in exported.printed
     lines = [line.split() for line in exported.printed.splitlines()]
@@ -120,10 +118,8 @@ def test_prints_a_table_and_notices_a_difference(exported: Exported) -> None:
     assert found["depth"] > 1e-3 > found["normals"]
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("exported", ["swin"], indirect=True)
 def test_swin_at_its_pretraining_size_is_fixed(exported: Exported) -> None:
-    if exported.family != "swin":
-        pytest.skip("only windowed backbones are fixed there")
     file = exported.folder / "fixed.onnx"
     printed = run_program("export_onnx.py", exported.folder / "model", file, "--image_size", 64)
     assert "height and width: fixed at 64 x 64" in printed

@@ -177,5 +177,7 @@ class BackboneFamily(ABC):
 
 def to_map(hidden_BNC: Tensor, grid: tuple[int, int]) -> Tensor:
     """Patch tokens (B,N,C) to a feature map (B,C,rows,columns)."""
+    # Not unflatten, which fixes the size of an ONNX export to the traced image's.
+    map_BCHW = hidden_BNC.transpose(1, 2).reshape(hidden_BNC.shape[0], hidden_BNC.shape[2], *grid)
     # Contiguous, because torch 2.13 crashes in GroupNorm's CPU backward on a channels-last input without gradient.
-    return hidden_BNC.transpose(1, 2).reshape(hidden_BNC.shape[0], hidden_BNC.shape[2], *grid).contiguous()
+    return map_BCHW.contiguous()

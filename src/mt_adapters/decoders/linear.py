@@ -35,7 +35,8 @@ class NormalizedMaps(nn.Module):
     """Normalises each map over its channels, without affine parameters: [(B, C_i, H_i, W_i)] -> the same shapes."""
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        return [F.layer_norm(x_BCHW.permute(0, 2, 3, 1), x_BCHW.shape[1:2]).permute(0, 3, 1, 2) for x_BCHW in maps]
+        # ONNX takes a number for C only, where a tracer has a tensor.
+        return [F.layer_norm(x.permute(0, 2, 3, 1), (int(x.shape[1]),)).permute(0, 3, 1, 2) for x in maps]
 
 
 class ConcatenatedMaps(nn.Module):
