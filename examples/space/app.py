@@ -1,0 +1,170 @@
+"""A page on which a trained model predicts the maps of your own pictures: a Gradio app, and a Hugging Face Space.
+
+    pip install -r examples/space/requirements.txt
+    python examples/space/app.py outputs/demo
+
+The model is a folder or Hub id, of a whole model or of an adapter; a Space reads it from its variable MODEL_ID.
+"""
+
+import argparse
+import io
+import os
+from html import escape
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import pyarrow.parquet
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, pipeline
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from mt_adapters import VtaModel
+from mt_adapters.data.rooms import SAMPLE_DIR
+from mt_adapters.hub.card import parameter_table
+from mt_adapters.tasks.base import Task
+
+PIPELINE = "multitask-dense-prediction"
+EXAMPLE_FRAMES = (3, 19, 38, 52)
+# Maps are as large as the picture, and in between there is a number per pixel and class: a phone's photo takes GBs.
+LONGEST_SIDE = 1024
+CSS = """
+.caption {display: flex; flex-wrap: wrap; gap: 2px 10px; align-items: center; font-size: 0.85rem}
+.chip {display: inline-block; width: 0.9em; height: 0.9em; margin-right: 4px; border-radius: 2px; vertical-align: -1px}
+.bar {flex: 1; height: 0.9em; border-radius: 2px}
+.affinity {overflow-x: auto}
+.affinity table {border-collapse: separate; border-spacing: 3px; font-size: 0.9rem}
+.affinity th, .affinity td {padding: 6px 8px; text-align: center; font-weight: normal}
+.affinity th[scope=row] {text-align: right}
+.affinity td {border-radius: 4px; min-width: 4em; font-variant-numeric: tabular-nums}
+"""
+
+
+def load(source: str) -> Any:
+    """The pipeline of a model, or of an adapter on its backbone; `source` is a folder or Hub id."""
+    if find_adapter_config_file(source) is None:
+        return pipeline(PIPELINE, model=source)
+    processor = AutoImageProcessor.from_pretrained(source)
+    return pipeline(PIPELINE, model=VtaModel.from_adapter(source), image_processor=processor)
+
+
+def css_color(rgb: torch.Tensor) -> str:
+    return f"rgb({', '.join(map(str, rgb.tolist()))})"
+
+
+def color_bar(task: Task, low: float, high: float, unit: str = "") -> str:
+    colors = map(css_color, task.colorize(torch.linspace(low, high, 9).unsqueeze(0))[0])
+    bar = f"<span class='bar' style='background: linear-gradient(to right, {', '.join(colors)})'></span>"
+    return f"<span>{low:.1f}{unit}</span>{bar}<span>{high:.1f}{unit}</span>"
+
+
+def class_legend(task: Task, names: dict[int, str], map_HW: np.ndarray) -> str:
+    """The classes in the map, the largest first."""
+    ids, counts = np.unique(map_HW, return_counts=True)
+    chips = []
+    for class_id, share in sorted(zip(ids, counts / map_HW.size, strict=True), key=lambda pair: -pair[1]):
+        color = css_color(task.colorize(torch.tensor([[class_id]]))[0, 0])
+        # Names come from the model's repository, which may be anyone's.
+        name = escape(names.get(int(class_id), f"class {class_id}"))
+        chips.append(f"<span><span class='chip' style='background: {color}'></span>{name} {share:.0%}</span>")
+    return "".join(chips)
+
+
+def caption(model: VtaModel, name: str, map_: np.ndarray) -> str:
+    """HTML that says what the colours of a task's picture mean."""
+    task = next(task for task in model.tasks if task.name == name)
+    if task.kind == "semseg":
+        text = class_legend(task, model.config.id2label, map_)
+    elif task.kind == "depth":
+        text = color_bar(task, map_.min().item(), map_.max().item(), " m")
+    elif task.kind == "edges":
+        text = color_bar(task, 0, 1)
+    elif task.kind == "normals":
+        text = "faces right: red, up: green, the camera: blue"
+    else:
+        text = escape(task.output)
+    return f"<div class='caption'>{text}</div>"
+
+
+def affinity_matrix(model: VtaModel) -> str:
+    """An HTML table of the task affinities, the higher the darker."""
+    if not model.has_affinity:
+        return "This model has no VTA adapter and hence no task affinities."
+    names = [escape(name) for name in model.task_names]
+    head = "".join(f"<th scope='col'>{name}</th>" for name in names)
+    rows = ""
+    for name, values in zip(names, model.affinity.tolist(), strict=True):
+        cells = "".join(
+            f"<td style='background: rgb(37 99 235 / {value:.2f}); {'color: white' if value > 0.5 else ''}'>"
+            f"{value:.2f}</td>"
+            for value in values
+        )
+        rows += f"<tr><th scope='row'>{name}</th>{cells}</tr>"
+    return (
+        f"<div class='affinity'><table aria-label='task affinities'><tr><td></td>{head}</tr>{rows}</table></div>"
+        "<div class='caption'>How much the task of a row helps the task of a column, 0 to 1.</div>"
+    )
+
+
+def example_pictures() -> list[Image.Image]:
+    column = pyarrow.parquet.read_table(SAMPLE_DIR / "validation.parquet", columns=["image"])["image"]
+    return [Image.open(io.BytesIO(column[row].as_py()["bytes"])) for row in EXAMPLE_FRAMES]
+
+
+def build_page(pipe: Any, source: str) -> gr.Blocks:
+    model: VtaModel = pipe.model
+    tasks = model.task_names
+    with gr.Blocks(title="mt_adapters", analytics_enabled=False) as page:
+        gr.Markdown("# One picture in, a map per task out")
+        gr.HTML(f"The model is <b>{escape(source)}</b>: one backbone that all tasks share, with multitask adapters.")
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                photo = gr.Image(type="pil", label="Picture", height=300)
+                chosen = gr.CheckboxGroup(tasks, value=tasks, label="Tasks")
+                button = gr.Button("Predict", variant="primary")
+                gr.Examples(example_pictures(), photo, label="Rendered rooms (CC-BY 4.0) to try")
+            with gr.Column(scale=2, min_width=280):
+                with gr.Row():
+                    columns, pictures, captions = {}, {}, {}
+                    for name in tasks:
+                        with gr.Column(min_width=270, visible=False) as columns[name]:
+                            # Gradio's own default format loses colours.
+                            pictures[name] = gr.Image(label=name, format="png", interactive=False)
+                            captions[name] = gr.HTML()
+                with gr.Row():
+                    with gr.Column(min_width=270):
+                        gr.Markdown("### Task affinities")
+                        gr.HTML(affinity_matrix(model))
+                    with gr.Column(min_width=270):
+                        gr.Markdown("### Parameters\n\n" + parameter_table(model.parameter_report()))
+
+        def predict(picture: Image.Image | None, names: list[str]) -> dict[gr.components.Component, Any]:
+            if picture is None:
+                raise gr.Error("There is no picture yet: upload one or click on an example.", title="No picture")
+            if not names:
+                raise gr.Error(f"Choose at least one task of {', '.join(tasks)}.", title="No task")
+            picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+            results = pipe(picture, tasks=names)
+            updates: dict[Any, Any] = {columns[name]: gr.Column(visible=name in results) for name in tasks}
+            for name, result in results.items():
+                updates[pictures[name]] = result["picture"]
+                updates[captions[name]] = caption(model, name, result["map"])
+            return updates
+
+        outputs = [*columns.values(), *pictures.values(), *captions.values()]
+        button.click(predict, [photo, chosen], outputs, api_name="predict")
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = os.environ.get("MODEL_ID", "outputs/demo")
+    parser.add_argument("model", nargs="?", default=default, help="default: $MODEL_ID, or what `make demo` trained")
+    source = parser.parse_args().model
+    # Gradio's other themes fetch fonts from elsewhere.
+    build_page(load(source), source).launch(css=CSS, theme=gr.themes.Default(), footer_links=["api", "gradio"])
+
+
+if __name__ == "__main__":
+    main()
