@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, pipeline
 
 from hub_server import HubServer, use_hub
 from mt_adapters import VtaConfig, VtaImageProcessorPil, VtaModel
@@ -164,6 +164,8 @@ def test_a_revision_stays_what_it_was(hub, run_folder):
     model.push_adapter_to_hub(ADAPTER, revision="next")
     for revision in (commit, "v1"):
         assert_same(logits_of(AutoModel.from_pretrained(MODEL, revision=revision).eval(), make_images(SIZE)), first)
+        pinned = pipeline("multitask-dense-prediction", model=MODEL, revision=revision)
+        assert torch.equal(pinned.model.heads["depth"].bias, model.heads["depth"].bias - 1)
     assert_same(logits_of(AutoModel.from_pretrained(MODEL).eval(), make_images(SIZE)), second)
     assert_same(logits_of(VtaModel.from_adapter(ADAPTER, revision="next"), make_images(SIZE)), second)
 

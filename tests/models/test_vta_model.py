@@ -236,3 +236,11 @@ def test_a_loaded_model_trains_what_it_trained_before_it_was_saved(tmp_path, fam
     assert loaded.parameter_report() == model.parameter_report()
     other = VtaModel.from_pretrained(tmp_path, train_backbone=not settings.get("train_backbone", False))
     assert (other.parameter_report()["backbone"]["trainable"] > 0) == (not settings.get("train_backbone", False))
+
+
+@pytest.mark.parametrize("decoder", ["fpn", "swin_unet", "linear"])
+def test_a_model_with_any_decoder_loads_as_it_was_saved(tmp_path, decoder):
+    model = make_model("dinov2", decoder=decoder)
+    model.save_pretrained(tmp_path)
+    images = make_images(FAMILIES["dinov2"].size)
+    assert_same(logits_of(VtaModel.from_pretrained(tmp_path).eval(), images), logits_of(model, images))

@@ -4,12 +4,14 @@ Shapes: B batch, C channels of a stage, H W size of a stage, N = H * W tokens.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import SwinConfig
-from transformers.models.swin.modeling_swin import SwinLayer
+from transformers import initialization as init
+from transformers.models.swin.modeling_swin import SwinLayer, SwinRelativePositionBias
 
 from mt_adapters.decoders.base import Decoder, Lateral, Laterals, octaves_to_pyramid
 
@@ -109,8 +111,20 @@ class SwinBlocks(nn.ModuleList):
         return tokens_BNC.unflatten(1, size)
 
 
+class RelativePositionBias(SwinRelativePositionBias):
+    """Fills its table of indices, which no file holds, also in a model that is built without memory and then loaded."""
+
+    def reset_parameters(self) -> None:
+        init.zeros_(self.relative_position_bias_table)
+        init.copy_(self.relative_position_index, self._create_relative_position_index().view(-1))
+
+
 class SwinBlock(SwinLayer):
     """A Swin block that leaves a map of one window unshifted: the shift's mask would only cut that window apart."""
+
+    def __init__(self, config: SwinConfig, dim: int, *args: Any, num_heads: int, **kwargs: Any) -> None:
+        super().__init__(config, dim, *args, num_heads=num_heads, **kwargs)
+        self.attention.relative_position_bias = RelativePositionBias(num_heads, (WINDOW_SIZE, WINDOW_SIZE))
 
     def get_attn_mask(self, height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         return None if height == width == self.window_size else super().get_attn_mask(height, width, dtype, device)
