@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mt_adapters import TASKS, get_task
 from mt_adapters.tasks import get_tasks
@@ -128,6 +129,24 @@ def test_a_prediction_has_the_units_of_a_label(kind):
     expected = torch.tensor(row.prediction).view(1, -1, 1, 1).expand(2, -1, *SIZE)
     assert same(prediction, expected if kind == "normals" else expected[:, 0])
     assert task.predict(logits.bfloat16()).dtype in (torch.float32, torch.int64)
+
+
+@pytest.mark.parametrize("size", [SIZE, (3, 20), (13, 9)])
+@pytest.mark.parametrize("num_labels", [1, 4, 5, 19])
+def test_classes_at_another_size_are_those_of_the_resized_logits(num_labels, size):
+    task = get_task("semseg", num_labels=num_labels)
+    logits = torch.randn(2, num_labels, *SIZE).round()  # many ties
+    expected = F.interpolate(logits, size=size, mode="bilinear").argmax(dim=1)
+    assert torch.equal(task.predict_at(logits, size), expected)
+
+
+@kinds
+def test_a_prediction_at_another_size_is_one_of_the_resized_logits(kind):
+    task = get_task(ROWS[kind].spec)
+    logits = torch.randn(2, task.num_channels, *SIZE)
+    resized = F.interpolate(logits, size=(9, 5), mode="bilinear")
+    assert torch.equal(task.predict_at(logits, (9, 5)), task.predict(resized))
+    assert torch.equal(task.predict_at(logits, SIZE), task.predict(logits))
 
 
 @kinds

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,12 @@ class Task(ABC):
     @abstractmethod
     def predict(self, logits_BKHW: Tensor) -> Tensor:
         """Turns logits into a map in the units and shape of the labels."""
+
+    def predict_at(self, logits_BKHW: Tensor, size: tuple[int, int]) -> Tensor:
+        """`predict` at another height and width: the logits are resized (bilinear), not the map."""
+        if tuple(size) == tuple(logits_BKHW.shape[-2:]):
+            return self.predict(logits_BKHW)
+        return self.predict(F.interpolate(logits_BKHW.float(), size=tuple(size), mode="bilinear"))
 
     @abstractmethod
     def colorize(self, map_: Tensor, like: Tensor | None = None) -> Tensor:

@@ -5,11 +5,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mt_adapters.losses import cross_entropy
 from mt_adapters.tasks.base import Task
 
 IGNORE_INDEX = 255
+CLASSES_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,22 @@ class SemsegTask(Task):
 
     def predict(self, logits_BKHW: Tensor) -> Tensor:
         return logits_BKHW.argmax(dim=1)
+
+    def predict_at(self, logits_BKHW: Tensor, size: tuple[int, int]) -> Tensor:
+        # A few classes at a time: all of them at the size of a phone's photo would take gigabytes.
+        groups = logits_BKHW.split(CLASSES_AT_ONCE, dim=1)
+        best_BHW, ids_BHW = self._best(groups[0], size)
+        for number, group in enumerate(groups[1:], start=1):
+            value_BHW, index_BHW = self._best(group, size)
+            ids_BHW = torch.where(value_BHW > best_BHW, index_BHW + number * CLASSES_AT_ONCE, ids_BHW)
+            best_BHW = torch.maximum(best_BHW, value_BHW)
+        return ids_BHW
+
+    def _best(self, logits_BKHW: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        if tuple(size) != tuple(logits_BKHW.shape[-2:]):
+            logits_BKHW = F.interpolate(logits_BKHW.float(), size=tuple(size), mode="bilinear")
+        value_BHW, index_BHW = logits_BKHW.max(dim=1)
+        return value_BHW, index_BHW
 
     def colorize(self, map_: Tensor, like: Tensor | None = None) -> Tensor:
         # Hues a golden angle apart, lightness in three steps: neighbouring ids never look alike, for any K.

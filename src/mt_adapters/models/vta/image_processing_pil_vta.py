@@ -5,7 +5,6 @@ from numbers import Integral
 from typing import Any
 
 from torch import Tensor
-from torch.nn import functional as F
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 from transformers.processing_utils import ImagesKwargs, Unpack
@@ -80,7 +79,10 @@ class VtaImageProcessorPil(PilBackend):
             raise ValueError(f"target_sizes has {len(target_sizes)} sizes for {num_images} images; give one per image")
         sizes = [None] * num_images if target_sizes is None else [(int(h), int(w)) for h, w in target_sizes]
         return [
-            {name: resized_prediction(tasks[name], logit[index : index + 1], size) for name, logit in logits.items()}
+            {
+                name: tasks[name].predict_at(logit[index : index + 1], size or tuple(logit.shape[-2:]))[0]
+                for name, logit in logits.items()
+            }
             for index, size in enumerate(sizes)
         ]
 
@@ -157,9 +159,3 @@ class VtaImageProcessorPil(PilBackend):
 
 def logits_of(outputs: Any) -> Mapping[str, Tensor]:
     return getattr(outputs, "logits", outputs)
-
-
-def resized_prediction(task: Task, logits_1KHW: Tensor, size: tuple[int, int] | None) -> Tensor:
-    if size is not None and size != tuple(logits_1KHW.shape[-2:]):
-        logits_1KHW = F.interpolate(logits_1KHW.float(), size=size, mode="bilinear")
-    return task.predict(logits_1KHW)[0]
