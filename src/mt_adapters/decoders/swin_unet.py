@@ -112,7 +112,7 @@ class SwinBlocks(nn.ModuleList):
 
 
 class RelativePositionBias(SwinRelativePositionBias):
-    """Fills its table of indices, which no file holds, also in a model that is built without memory and then loaded."""
+    """Fills its table of indices, which no file holds, also in a model that is built without memory and loaded."""
 
     def reset_parameters(self) -> None:
         init.zeros_(self.relative_position_bias_table)
