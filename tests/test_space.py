@@ -21,7 +21,7 @@ from mt_adapters import VtaModel
 from programs import EXAMPLES, start_program
 
 SPACE = EXAMPLES / "space"
-# Its own way of saying "this machine"; anything else that is looked up or connected to is another.
+# Names of this machine; None is the address that a server listens on.
 LOCAL = {"127.0.0.1", "localhost", "0.0.0.0", "::1", "None"}
 CHROMIUM_ARGUMENTS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
@@ -120,7 +120,8 @@ def predict(page: Any, num_maps: int) -> list[Image.Image]:
         """count => {
             const maps = [...document.querySelectorAll('.map img')];
             const captions = document.querySelectorAll('.caption b');
-            return captions.length === count && maps.length === count && maps.every(map => map.checkVisibility() && map.naturalWidth > 0);
+            return captions.length === count && maps.length === count &&
+                maps.every(map => map.checkVisibility() && map.naturalWidth > 0);
         }""",
         arg=num_maps,
     )
