@@ -1,5 +1,6 @@
 """Rules for every test: offline, seeded, and skipped (or failed) when weights, data or a GPU are missing."""
 
+import importlib.util
 import ipaddress
 import os
 import random
@@ -33,10 +34,18 @@ pytest_plugins = ["programs", "hub_server"]
 REPOSITORY = Path(__file__).parents[1]
 SHARED_FOLDER = Path(os.environ.get("MT_ADAPTERS_SHARED", REPOSITORY / "../shared")).resolve()
 SHARED_PARTS = ("models/dinov2-small", "data/rooms", "reference")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+
+def _skip_or_fail(reason: str, required: str) -> None:
+    """Skips the test, or fails it where the variable `required` is 1."""
+    if os.environ.get(required) == "1":
+        pytest.fail(f"{required}=1, so this test may not be skipped: {reason}", pytrace=False)
+    pytest.skip(reason)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -45,18 +54,29 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA device")
     missing = [part for part in SHARED_PARTS if not (SHARED_FOLDER / part).is_dir()]
     if item.get_closest_marker("pretrained") and missing:
-        reason = (
-            f"set MT_ADAPTERS_SHARED to a folder that holds {', '.join(SHARED_PARTS)} (missing: {', '.join(missing)})"
+        _skip_or_fail(
+            f"set MT_ADAPTERS_SHARED to a folder that holds {', '.join(SHARED_PARTS)} (missing: {', '.join(missing)})",
+            required="MT_ADAPTERS_REQUIRE_PRETRAINED",
         )
-        if os.environ.get("MT_ADAPTERS_REQUIRE_PRETRAINED") == "1":
-            pytest.fail(f"MT_ADAPTERS_REQUIRE_PRETRAINED=1, so this test may not be skipped: {reason}", pytrace=False)
-        pytest.skip(reason)
+    missing = [name for name in ("gradio", "playwright") if importlib.util.find_spec(name) is None]
+    missing += [] if CHROMIUM else ["a Chromium"]
+    if item.get_closest_marker("browser") and missing:
+        _skip_or_fail(
+            f"pip install gradio playwright, and put a Chromium on the PATH (missing: {', '.join(missing)})",
+            required="MT_ADAPTERS_REQUIRE_BROWSER",
+        )
 
 
 @pytest.fixture(scope="session")
 def shared_folder() -> Path:
     """The folder with pretrained weights, the full rooms set and reference tensors; for tests marked `pretrained`."""
     return SHARED_FOLDER
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str | None:
+    """The browser's program; for tests marked `browser`."""
+    return CHROMIUM
 
 
 @pytest.fixture(autouse=True)

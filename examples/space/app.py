@@ -22,7 +22,6 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from mt_adapters import VtaModel
 from mt_adapters.data.rooms import SAMPLE_DIR
-from mt_adapters.hub.card import parameter_table
 from mt_adapters.tasks.base import Task
 
 PIPELINE = "multitask-dense-prediction"
@@ -30,15 +29,20 @@ EXAMPLE_FRAMES = (3, 19, 38, 52)
 # Maps are as large as the picture, and in between there is a number per pixel and class: a phone's photo takes GBs.
 LONGEST_SIDE = 1024
 CSS = """
-.caption {display: flex; flex-wrap: wrap; gap: 2px 10px; align-items: center; font-size: 0.85rem}
+#photo img, .map img {width: 100%; height: 100%; object-fit: contain}
+.caption {display: flex; flex-wrap: wrap; gap: 2px 10px; align-items: center; min-height: 1.5rem; font-size: 0.85rem}
 .chip {display: inline-block; width: 0.9em; height: 0.9em; margin-right: 4px; border-radius: 2px; vertical-align: -1px}
 .bar {flex: 1; height: 0.9em; border-radius: 2px}
+.html-container {padding: 0 !important}
 .affinity {overflow-x: auto}
-.affinity table {border-collapse: separate; border-spacing: 3px; font-size: 0.9rem}
-.affinity th, .affinity td {padding: 6px 8px; text-align: center; font-weight: normal}
+.affinity table {border-spacing: 3px; border-collapse: separate; font-size: 0.9rem}
+.affinity table, .affinity th, .affinity td {border: none !important}
+.affinity th, .affinity td {padding: 5px 8px; text-align: center; font-weight: normal}
 .affinity th[scope=row] {text-align: right}
-.affinity td {border-radius: 4px; min-width: 4em; font-variant-numeric: tabular-nums}
+.affinity td {border-radius: 4px; min-width: 3.5em; color: black; font-variant-numeric: tabular-nums}
 """
+# Fonts that gradio ships, so that the page asks no other machine for any; its semibold one lacks most letters.
+FONTS = [gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "system-ui", "sans-serif"]
 
 
 def load(source: str) -> Any:
@@ -60,14 +64,16 @@ def color_bar(task: Task, low: float, high: float, unit: str = "") -> str:
 
 
 def class_legend(task: Task, names: dict[int, str], map_HW: np.ndarray) -> str:
-    """The classes in the map, the largest first."""
-    ids, counts = np.unique(map_HW, return_counts=True)
+    """The classes in the map, the largest first, without those of less than half a percent."""
+    shares = np.bincount(map_HW.ravel()) / map_HW.size
     chips = []
-    for class_id, share in sorted(zip(ids, counts / map_HW.size, strict=True), key=lambda pair: -pair[1]):
+    for class_id in np.argsort(-shares)[: (shares >= 0.005).sum()].tolist():
         color = css_color(task.colorize(torch.tensor([[class_id]]))[0, 0])
         # Names come from the model's repository, which may be anyone's.
-        name = escape(names.get(int(class_id), f"class {class_id}"))
-        chips.append(f"<span><span class='chip' style='background: {color}'></span>{name} {share:.0%}</span>")
+        name = escape(names.get(class_id, f"class {class_id}"))
+        chips.append(
+            f"<span><span class='chip' style='background: {color}'></span>{name} {shares[class_id]:.0%}</span>"
+        )
     return "".join(chips)
 
 
@@ -81,14 +87,14 @@ def caption(model: VtaModel, name: str, map_: np.ndarray) -> str:
     elif task.kind == "edges":
         text = color_bar(task, 0, 1)
     elif task.kind == "normals":
-        text = "faces right: red, up: green, the camera: blue"
+        text = "red: faces right, green: up, blue: the camera"
     else:
         text = escape(task.output)
-    return f"<div class='caption'>{text}</div>"
+    return f"<div class='caption'><b>{escape(name)}</b>{text}</div>"
 
 
 def affinity_matrix(model: VtaModel) -> str:
-    """An HTML table of the task affinities, the higher the darker."""
+    """An HTML table of the task affinities, the higher the bluer."""
     if not model.has_affinity:
         return "This model has no VTA adapter and hence no task affinities."
     names = [escape(name) for name in model.task_names]
@@ -96,14 +102,13 @@ def affinity_matrix(model: VtaModel) -> str:
     rows = ""
     for name, values in zip(names, model.affinity.tolist(), strict=True):
         cells = "".join(
-            f"<td style='background: rgb(37 99 235 / {value:.2f}); {'color: white' if value > 0.5 else ''}'>"
-            f"{value:.2f}</td>"
+            f"<td style='background: color-mix(in srgb, #60a5fa {value:.0%}, white)'>{value:.2f}</td>"
             for value in values
         )
         rows += f"<tr><th scope='row'>{name}</th>{cells}</tr>"
     return (
         f"<div class='affinity'><table aria-label='task affinities'><tr><td></td>{head}</tr>{rows}</table></div>"
-        "<div class='caption'>How much the task of a row helps the task of a column, 0 to 1.</div>"
+        "<div class='caption'>How much a row's task helps a column's task, from 0 to 1.</div>"
     )
 
 
@@ -115,12 +120,15 @@ def example_pictures() -> list[Image.Image]:
 def build_page(pipe: Any, source: str) -> gr.Blocks:
     model: VtaModel = pipe.model
     tasks = model.task_names
+    counts = ", ".join(f"{part} {count['total']:,}" for part, count in model.parameter_report().items())
     with gr.Blocks(title="mt_adapters", analytics_enabled=False) as page:
-        gr.Markdown("# One picture in, a map per task out")
-        gr.HTML(f"The model is <b>{escape(source)}</b>: one backbone that all tasks share, with multitask adapters.")
+        gr.HTML(
+            "<h1>One picture in, a map per task out</h1>"
+            f"Model <b>{escape(source)}</b>: one backbone for all tasks. Parameters: {counts}."
+        )
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                photo = gr.Image(type="pil", label="Picture", height=300)
+                photo = gr.Image(type="pil", label="Picture", height=300, elem_id="photo")
                 chosen = gr.CheckboxGroup(tasks, value=tasks, label="Tasks")
                 button = gr.Button("Predict", variant="primary")
                 gr.Examples(example_pictures(), photo, label="Rendered rooms (CC-BY 4.0) to try")
@@ -129,21 +137,23 @@ def build_page(pipe: Any, source: str) -> gr.Blocks:
                     columns, pictures, captions = {}, {}, {}
                     for name in tasks:
                         with gr.Column(min_width=270, visible=False) as columns[name]:
-                            # Gradio's own default format loses colours.
-                            pictures[name] = gr.Image(label=name, format="png", interactive=False)
+                            # The default format is lossy. The caption names the task: a label would cover the map.
+                            pictures[name] = gr.Image(
+                                format="png",
+                                height=230,
+                                show_label=False,
+                                interactive=False,
+                                buttons=["download", "fullscreen"],
+                                elem_classes="map",
+                            )
                             captions[name] = gr.HTML()
-                with gr.Row():
-                    with gr.Column(min_width=270):
-                        gr.Markdown("### Task affinities")
-                        gr.HTML(affinity_matrix(model))
-                    with gr.Column(min_width=270):
-                        gr.Markdown("### Parameters\n\n" + parameter_table(model.parameter_report()))
+                gr.HTML("<h3>Task affinities</h3>" + affinity_matrix(model))
 
         def predict(picture: Image.Image | None, names: list[str]) -> dict[gr.components.Component, Any]:
             if picture is None:
-                raise gr.Error("There is no picture yet: upload one or click on an example.", title="No picture")
+                raise gr.Error("No picture: upload one or click on an example.", print_exception=False)
             if not names:
-                raise gr.Error(f"Choose at least one task of {', '.join(tasks)}.", title="No task")
+                raise gr.Error("No task: choose at least one.", print_exception=False)
             picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
             results = pipe(picture, tasks=names)
             updates: dict[Any, Any] = {columns[name]: gr.Column(visible=name in results) for name in tasks}
@@ -162,8 +172,9 @@ def main() -> None:
     default = os.environ.get("MODEL_ID", "outputs/demo")
     parser.add_argument("model", nargs="?", default=default, help="default: $MODEL_ID, or what `make demo` trained")
     source = parser.parse_args().model
-    # Gradio's other themes fetch fonts from elsewhere.
-    build_page(load(source), source).launch(css=CSS, theme=gr.themes.Default(), footer_links=["api", "gradio"])
+    build_page(load(source), source).launch(
+        css=CSS, theme=gr.themes.Default(font=FONTS), footer_links=["api", "gradio"]
+    )
 
 
 if __name__ == "__main__":
