@@ -10,8 +10,8 @@ below it a file takes one size only. For Swin it is 225 pixels (window of 7): in
 window, which transformers does not shift, and an ONNX graph either shifts or does not. A file for any size gives
 slightly wrong results, and no error, for smaller images.
 
-Needs `pip install "mt-adapters[export]"`; on Python 3.10 ONNX Runtime lacks what a plain ViT needs for images that are
-smaller than in pretraining. The largest difference from torch, relative to the largest logit, is printed for each task.
+Needs `pip install "mt-adapters[export]"`; on Python 3.10 ONNX Runtime lacks what a plain ViT needs for images smaller
+than in pretraining. The largest difference from torch, relative to the largest logit, is printed for each task.
 """
 
 import argparse

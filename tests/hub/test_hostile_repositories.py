@@ -162,6 +162,9 @@ AUTO_MAP = {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil", "AutoImageProce
         {"custom_pipelines": {"multitask-dense-prediction": {"impl": "evil.Evil", "pt": ["AutoModel"]}}},
         {"transformers_weights": "adapter_model.bin"},
         {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+        {"attn_implementation": "org/evil"},
+        {"_attn_implementation": "org/evil"},
+        {"kernel_config": {"a": "org/evil"}},
     ],
     ids=lambda settings: next(iter(settings)),
 )
@@ -176,6 +179,14 @@ def test_a_config_that_asks_for_code_or_other_weights_is_refused(served, hub, lo
         served(loader, change)()
     assert not (tmp_path / "trace").exists()
     assert not hub.count("GET", "evil.py")
+
+
+@own_loaders
+@pytest.mark.parametrize("dtype", ["load", "evil/kernel"])
+def test_a_number_type_that_is_none_is_refused(served, loader, dtype):
+    repository, _ = LOADERS[loader]
+    with pytest.raises(ValueError, match=f"the config has dtype='{dtype}'"):
+        served(loader, edit_json(CONFIGS[repository], dtype=dtype))()
 
 
 @own_loaders
@@ -200,6 +211,13 @@ def test_a_backbones_code_is_not_run_and_nobody_is_asked(served, hub, tmp_path, 
             load_it()
     assert not (tmp_path / "trace").exists()
     assert not hub.count("GET", "evil.py")
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "transformers_weights"])
+def test_a_backbones_config_names_no_code_or_weights_of_other_places(served, hub, key):
+    with pytest.raises(ValueError, match="asks for 'org/evil'; attention is this machine's own"):
+        served("from_backbone", edit_json("config.json", **{key: "org/evil"}))()
+    assert not [path for _, path in hub.requests if "evil" in path]
 
 
 def test_an_image_processors_code_is_refused(served, hub, tmp_path):

@@ -30,6 +30,7 @@ def load_backbone(source: str | Path | PreTrainedConfig, **options: Any) -> PreT
         config = image_encoder_config(AutoConfig.from_pretrained(source, trust_remote_code=False, **options))
         family = get_family(config.model_type)
         family.check_num_blocks(config)
+        check_origin(source, config)
         described = build_on_meta(source, lambda: AutoModel.from_config(config))
         check_size(source, described, weight_files(source, **options))
         model, report = AutoModel.from_pretrained(
@@ -44,6 +45,20 @@ def load_backbone(source: str | Path | PreTrainedConfig, **options: Any) -> PreT
         )
     check_report(source, report, family)
     return model
+
+
+def check_origin(source: str | Path, config: PreTrainedConfig) -> None:
+    """
+    Raises:
+        ValueError: if the config names attention code of another repository, or weight files of its own choice.
+    """
+    attention, weights = config._attn_implementation, getattr(config, "transformers_weights", None)
+    if "/" in (attention or "") or weights is not None:
+        raise ValueError(
+            f"the config of {str(source)!r} asks for {attention if weights is None else weights!r}; attention is this "
+            "machine's own and weights are model.safetensors: do not load it, or remove attn_implementation and "
+            "transformers_weights from its config.json"
+        )
 
 
 def image_encoder_config(config: PreTrainedConfig) -> PreTrainedConfig:

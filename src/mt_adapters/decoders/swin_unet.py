@@ -122,8 +122,8 @@ class RelativePositionBias(SwinRelativePositionBias):
 class SwinBlock(SwinLayer):
     """A Swin block that leaves a map of one window unshifted: the shift's mask would only cut that window apart."""
 
-    def __init__(self, config: SwinConfig, dim: int, *args: Any, num_heads: int, **kwargs: Any) -> None:
-        super().__init__(config, dim, *args, num_heads=num_heads, **kwargs)
+    def __init__(self, config: SwinConfig, dim: int, num_heads: int, **kwargs: Any) -> None:
+        super().__init__(config, dim, num_heads=num_heads, **kwargs)
         self.attention.relative_position_bias = RelativePositionBias(num_heads, (WINDOW_SIZE, WINDOW_SIZE))
 
     def get_attn_mask(self, height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:

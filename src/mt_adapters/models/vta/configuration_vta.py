@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -9,8 +10,21 @@ from mt_adapters.decoders import get_decoder
 from mt_adapters.tasks import get_tasks
 
 FAN_OUTS = ("sequential", "batched")
-# Keys with which a config can name code, other weight files or a quantiser; a multitask model has no use for them.
-FOREIGN_KEYS = ("auto_map", "custom_pipelines", "quantization_config", "transformers_weights", "_attn_implementation")
+# Keys with which a config can name code (also of a kernel), other weight files or a quantiser; a multitask model needs
+# none of them.
+FOREIGN_KEYS = (
+    "auto_map",
+    "custom_pipelines",
+    "quantization_config",
+    "transformers_weights",
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "experts_implementation",
+    "_experts_implementation",
+    "kernel_config",
+    "distributed_config",
+)
 
 
 @strict
@@ -67,7 +81,12 @@ class VtaConfig(PreTrainedConfig):
                 "adapters on it, use VtaModel.from_backbone"
             )
         for place in (config_dict, config_dict.get("backbone_config"), config_dict.get("adapter")):
-            found = [key for key in FOREIGN_KEYS if isinstance(place, dict) and place.get(key) is not None]
+            if not isinstance(place, dict):
+                continue
+            dtype = place.get("dtype") or "float32"
+            if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
+                raise ValueError(f"the config has dtype={dtype!r}; give the name of a torch type, such as 'float32'")
+            found = [key for key in FOREIGN_KEYS if place.get(key) is not None]
             if found:
                 raise ValueError(
                     f"the config has {found[0]!r}: a multitask model needs no code, weights or quantiser but this "

@@ -80,7 +80,7 @@ class VtaImageProcessorPil(PilBackend):
         sizes = [None] * num_images if target_sizes is None else [(int(h), int(w)) for h, w in target_sizes]
         return [
             {
-                name: tasks[name].predict_at(logit[index : index + 1], size or tuple(logit.shape[-2:]))[0]
+                name: tasks[name].predict_at(logit[index : index + 1], size or (logit.shape[-2], logit.shape[-1]))[0]
                 for name, logit in logits.items()
             }
             for index, size in enumerate(sizes)
