@@ -93,7 +93,7 @@ def test_the_card_is_a_model_card_whose_figures_are_those_of_metrics_json(traine
     assert card.data.license == "apache-2.0"
     assert {"mt-adapters", *TASKS} <= set(card.data.tags)
     assert card.data.base_model is None
-    results_section = card.text.partition("## Parameters")[0]
+    results_section = card.text.partition("## Results")[2].partition("## Parameters")[0]
     rows = re.findall(r"^\| (\w+) \| (.+?) \| (\S+) \| (\S+) \|$", results_section, flags=re.MULTILINE)
     found = {(task, heading): figures for task, heading, *figures in rows if task in TASKS}
     expected = {}
@@ -105,7 +105,7 @@ def test_the_card_is_a_model_card_whose_figures_are_those_of_metrics_json(traine
     assert found == expected
     assert f"Mean gain over input-blind: {metrics['mean_gain']:.1f} %" in card.text
     assert f"{metrics['parameters']['adapters']['total']:,}" in card.text
-    assert "A frozen vision transformer with task-conditioned adapters" in card.text
+    assert "A frozen swin backbone with task-conditioned adapters" in card.text
     assert "import mt_adapters" in card.text
     assert json.loads(card.text.split("```json\n")[1].split("```")[0]) == metrics["arguments"]
 
@@ -206,7 +206,7 @@ def test_the_backbone_can_be_trained_from_random_weights(tmp_path: Path, rooms_f
     metrics = read_metrics(output)
     assert metrics["parameters"]["backbone"]["trainable"] == metrics["parameters"]["backbone"]["total"] > 0
     assert not (output / "adapter").exists()
-    assert "A trained vision transformer" in (output / "README.md").read_text()
+    assert "A trained swin backbone" in (output / "README.md").read_text()
     assert "base_model" not in (output / "README.md").read_text()
     assert load_file(output / "model.safetensors")
 

@@ -52,7 +52,9 @@ def kill_run(arguments: tuple[object, ...], output: Path, moment: str, rng: rand
 
 def outcome(output: Path) -> dict[str, Any]:
     """All that a run leaves, except what tells one run from another."""
-    files = {path.name: path.read_bytes() for path in output.glob("adapter/*")}
+    # The adapter's record and card are those of the run, with its seconds and command.
+    own = [path for path in output.glob("adapter/*") if path.name not in ("metrics.json", "README.md")]
+    files = {path.name: path.read_bytes() for path in own}
     metrics = json.loads((output / "metrics.json").read_text())
     for name in ("seconds", "command"):
         del metrics[name]

@@ -153,9 +153,8 @@ def eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
 
 def summary(record: Mapping[str, Any], is_adapter: bool = False) -> str:
     backbone = f"{record['backbone']} backbone" + (f" ({record['base_model']})" if record["base_model"] else "")
-    adapter = {None: "no adapters", "VTA": "task-conditioned adapters"}.get(
-        record["adapter"], f"{record['adapter']} adapters"
-    )
+    adapters = {None: "no adapters", "VTA": "task-conditioned adapters", "LORA": "LoRA adapters"}
+    adapter = adapters.get(record["adapter"], f"{record['adapter']} adapters")
     state = "trained" if record["train_backbone"] else "frozen"
     what = f"A {state} {backbone} with {adapter} and {record['decoder']} decoders"
     if is_adapter:
