@@ -331,6 +331,14 @@ def test_an_adapter_of_a_huge_declared_shape_gets_no_memory(served, changes):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
 
 
+@pytest.mark.parametrize(
+    "settings", [{"megatron_config": {"a": 1}, "megatron_core": "evil"}, {"peft_type": "EVIL"}], ids=str
+)
+def test_an_adapters_settings_import_nothing_and_are_of_a_known_type(served, settings):
+    with pytest.raises(ValueError, match="the config has 'megatron_config'|unknown adapter type 'EVIL'"):
+        served("from_adapter", edit_json("adapter_config.json", **settings))()
+
+
 def test_an_adapter_for_another_backbone_is_refused(served, hub, tmp_path):
     served("from_adapter")
     make_backbone("swin", **FAMILIES["swin"].other).save_pretrained(tmp_path / "other")

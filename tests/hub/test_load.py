@@ -49,7 +49,6 @@ def test_a_revision_stays_what_it_was(hub, run_folder):
     HfApi().create_tag(MODEL, tag="v1")
     with torch.no_grad():
         model.heads["depth"].bias.add_(1)
-    model.name_or_path = ""
     second = logits_of(model, make_images(SIZE))
     model.push_to_hub(MODEL, commit_message="another bias")
     model.push_adapter_to_hub(ADAPTER)

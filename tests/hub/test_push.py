@@ -7,6 +7,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoModel
+from transformers.utils import logging
 
 from mt_adapters import VtaModel
 from mt_adapters.hub.card import COLUMNS, PICTURES, metrics_table
@@ -28,7 +29,6 @@ def test_a_second_push_changes_only_what_changed(hub, run_folder):
 
     with torch.no_grad():
         model.heads["depth"].bias.add_(1)
-    model.name_or_path = ""
     model.push_to_hub(MODEL)
     after = hub.files(MODEL)
     # The results were those of other weights: they are gone, and so are the pictures.
@@ -49,7 +49,6 @@ def test_an_interrupted_upload_leaves_the_repository_as_it_was(hub, run_folder, 
     before = hub.files(MODEL)
     with torch.no_grad():
         model.heads["depth"].bias.add_(1)
-    model.name_or_path = ""
     hub.fail = lambda method, path: 500 if what == method or what in path else False
     with pytest.raises((HfHubHTTPError, RuntimeError), match="500|while uploading"):
         model.push_to_hub(MODEL)
@@ -95,13 +94,21 @@ def test_the_card_is_valid_and_every_figure_is_the_records(hub, run_folder, is_a
         assert hub.files(repo_id)[name] == (run_folder / name).read_bytes()
 
 
-def test_results_of_other_weights_are_not_published(hub, run_folder):
+def test_results_of_other_weights_are_not_published(hub, run_folder, caplog):
     model = VtaModel.from_pretrained(run_folder)
     with torch.no_grad():
         model.heads["depth"].bias.add_(1)
     with pytest.raises(ValueError, match="measured with other weights"):
-        model.push_to_hub(MODEL)
+        model.push_to_hub(MODEL, run_folder=run_folder)
     assert MODEL not in hub.repositories
+    logging.enable_propagation()
+    try:
+        model.push_to_hub(MODEL)
+    finally:
+        logging.disable_propagation()
+    assert "published without them" in caplog.text
+    assert "Not evaluated" in hub.files(MODEL)["README.md"].decode()
+    assert "metrics.json" not in hub.files(MODEL)
     with pytest.raises(ValueError, match=r"no readable metrics.json.*train_multitask.py"):
         model.push_to_hub(MODEL, run_folder=run_folder / "nowhere")
 

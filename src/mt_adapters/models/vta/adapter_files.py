@@ -111,12 +111,11 @@ def load_adapter_files(
     options = hub_options(options)
     with readable_weight_errors(source):
         folder = fetch(source, [CONFIG_FILE, ADAPTER_CONFIG_FILE], **options)
-        config = VtaConfig.from_dict(read_json(source, folder / CONFIG_FILE))
-        settings = read_json(source, folder / ADAPTER_CONFIG_FILE)
-    settings = settings | {"inference_mode": False}
+        described = read_json(source, folder / CONFIG_FILE)
+        settings = read_json(source, folder / ADAPTER_CONFIG_FILE) | {"inference_mode": False}
+        config = VtaConfig.from_dict(described | {"adapter": settings})
     # A model of the adapter's own kind, without memory, says what the files must hold.
     own_config: Any = copy.deepcopy(config)
-    own_config.adapter = dict(settings)
     own = build_on_meta(source, lambda: cls(own_config))
     task_names = own.task_names
     chosen = check_choice(tasks, task_names)

@@ -24,6 +24,7 @@ FOREIGN_KEYS = (
     "_experts_implementation",
     "kernel_config",
     "distributed_config",
+    "megatron_config",
 )
 
 

@@ -464,9 +464,9 @@ class VtaModel(PreTrainedModel):
         Args:
             repo_id: "organization/name".
             options: `run_folder`, the folder with the results of these weights (default: where the model was loaded
-                from); `image_processor` (default: the one found there); `base_model`, the Hub id of the backbone, if
-                it was loaded from a folder; `license` of the weights ("apache-2.0"); `max_shard_size`; and
-                `commit_message`, `private`, `token`, `revision`, `create_pr`.
+                from, if it still is the same); `image_processor` (default: the one found there); `base_model`, the
+                Hub id of the backbone, if it was loaded from a folder; `license` of the weights ("apache-2.0");
+                `max_shard_size`; and `commit_message`, `private`, `token`, `revision`, `create_pr`.
 
         Raises:
             ValueError: if the results are not those of these weights, or the repository holds an adapter.
