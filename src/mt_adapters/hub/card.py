@@ -155,6 +155,8 @@ def summary(record: Mapping[str, Any], is_adapter: bool = False) -> str:
     backbone = f"{record['backbone']} backbone" + (f" ({record['base_model']})" if record["base_model"] else "")
     adapters = {None: "no adapters", "VTA": "task-conditioned adapters", "LORA": "LoRA adapters"}
     adapter = adapters.get(record["adapter"], f"{record['adapter']} adapters")
+    if record["train_adapted_blocks"]:
+        adapter += ", trained copies of the adapted blocks"
     state = "trained" if record["train_backbone"] else "frozen"
     what = f"A {state} {backbone} with {adapter} and {record['decoder']} decoders"
     if is_adapter:
