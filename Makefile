@@ -1,6 +1,8 @@
 # `make help` lists the targets. demo, test, lint and bench set up what they need in .venv and touch nothing else.
 PYTHON ?= python3
 ARGS ?=
+# Processes that run the tests, file by file; each takes up to 2 GB.
+JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +15,7 @@ demo: $(VENV)/.installed-test  ## train the demo on the data the package ships, 
 	$(BIN)/python examples/train_multitask.py $(ARGS)
 
 test: $(VENV)/.installed-test  ## run the tests (ARGS="-m 'not slow'", ARGS="tests/tasks -x")
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## check format, lint rules and types
 	$(BIN)/python -m ruff format --check
