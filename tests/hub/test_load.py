@@ -1,5 +1,6 @@
 """Models and adapters come from a Hub, a revision of it or the cache, through the real client."""
 
+import json
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, pipeline
 
 from hub_server import use_hub
@@ -165,20 +167,33 @@ def test_chosen_tasks_load_from_any_kind_of_adapter_and_onto_another_backbone(ba
     assert logits_of(moved, make_images((128, 128))).keys() == {"normals"}
 
 
-def test_all_files_of_one_load_are_of_one_commit_also_when_another_comes_in_between(hub, run_folder):
+@pytest.mark.parametrize(
+    ("repository", "first", "load"),
+    [
+        (ADAPTER, "vta_config.json", lambda: VtaModel.from_adapter(ADAPTER)),
+        (MODEL, "/config.json", lambda: VtaModel.from_pretrained(MODEL)),
+        (BASE, "/config.json", lambda: VtaModel.from_adapter(ADAPTER)),
+    ],
+    ids=["adapter", "model", "backbone"],
+)
+def test_all_files_of_one_load_are_of_one_commit_also_when_another_comes_in_between(
+    hub, run_folder, repository, first, load, monkeypatch, tmp_path
+):
     model = VtaModel.from_pretrained(run_folder).eval()
     expected = logits_of(model, make_images(SIZE))
     model.push_adapter_to_hub(ADAPTER)
-    broken = dict.fromkeys(hub.files(ADAPTER), b"")
+    model.push_to_hub(MODEL)
+    broken = dict.fromkeys(hub.files(repository), b"")
 
     def another_push(method: str, path: str) -> bool:
-        if "vta_config.json" in path and hub.files(ADAPTER) != broken:
-            hub.put(ADAPTER, broken)
+        if f"{repository}/resolve/" in path and first in path and hub.files(repository) != broken:
+            hub.put(repository, broken)
         return False
 
     hub.fail = another_push
-    assert_same(logits_of(VtaModel.from_adapter(ADAPTER), make_images(SIZE)), expected)
-    assert hub.files(ADAPTER) == broken
+    use_hub(hub, monkeypatch, tmp_path / "empty")
+    assert_same(logits_of(load(), make_images(SIZE)), expected)
+    assert hub.files(repository) == broken
 
 
 @pytest.mark.parametrize("tasks", [["parts"], [], ["depth", "depth"]])
@@ -189,15 +204,17 @@ def test_tasks_that_the_adapter_has_not_are_refused(base, model, tmp_path, tasks
 
 
 LOAD_IN_A_NEW_PROCESS = """
+import json
 import sys
 import torch
 import mt_adapters
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from mt_adapters import VtaModel
 from transformers import AutoImageProcessor, AutoModel, pipeline
 
 model_id, adapter_id, images = sys.argv[1:]
-pixel_values = torch.load(images, weights_only=True)
+pixel_values = load_file(images)["pixel_values"]
 with torch.no_grad():
     logits = {
         "model": AutoModel.from_pretrained(model_id).eval()(pixel_values).logits,
@@ -206,7 +223,8 @@ with torch.no_grad():
     }
 AutoImageProcessor.from_pretrained(adapter_id)
 maps = pipeline("multitask-dense-prediction", model=model_id)(Image.new("RGB", (50, 40), "green"))
-torch.save({"logits": logits, "tasks": list(maps), "size": maps["depth"]["picture"].size}, images)
+save_file({f"{name}.{task}": map_ for name, maps in logits.items() for task, map_ in maps.items()}, images)
+print(json.dumps([list(maps), maps["depth"]["picture"].size]))
 """
 PUSH_IN_A_NEW_PROCESS = """
 import sys
@@ -219,21 +237,23 @@ model.push_adapter_to_hub(sys.argv[3])
 """
 
 
-def run(program: str, *arguments: object, environment: dict[str, str]) -> None:
+def run(program: str, *arguments: object, environment: dict[str, str]) -> str:
     command = [sys.executable, "-c", program, *map(str, arguments)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 @pytest.mark.slow
 def test_one_process_pushes_and_a_new_one_with_an_empty_cache_loads(hub, run_folder, tmp_path):
     expected = logits_of(VtaModel.from_pretrained(run_folder).eval(), make_images(SIZE))
     run(PUSH_IN_A_NEW_PROCESS, run_folder, MODEL, ADAPTER, environment=hub.environment(tmp_path / "one"))
-    images = tmp_path / "images.pt"
-    torch.save(make_images(SIZE), images)
-    run(LOAD_IN_A_NEW_PROCESS, MODEL, ADAPTER, images, environment=hub.environment(tmp_path / "two"))
-    found = torch.load(images, weights_only=True)
-    assert_same(found["logits"]["model"], expected)
-    assert_same(found["logits"]["adapter"], expected)
-    assert_same(found["logits"]["task"], {"depth": expected["depth"]})
-    assert (found["tasks"], found["size"]) == (list(KINDS), (50, 40))
+    images = tmp_path / "images.safetensors"
+    save_file({"pixel_values": make_images(SIZE)}, images)
+    printed = run(LOAD_IN_A_NEW_PROCESS, MODEL, ADAPTER, images, environment=hub.environment(tmp_path / "two"))
+    assert json.loads(printed.splitlines()[-1]) == [list(KINDS), [50, 40]]
+    found = load_file(images)
+    whole = {f"{name}.{task}": logits for name in ("model", "adapter") for task, logits in expected.items()}
+    assert found.keys() == {*whole, "task.depth"}
+    for name, logits in (whole | {"task.depth": expected["depth"]}).items():
+        assert torch.equal(found[name], logits), name

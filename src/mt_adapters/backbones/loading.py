@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from mt_adapters.backbones.base import BackboneFamily
 from mt_adapters.backbones.table import get_family
-from mt_adapters.hub.download import build_on_meta, check_size, readable_weight_errors, weight_files
+from mt_adapters.hub.download import check_size, pinned, readable_weight_errors, weight_files
 
 
 def load_backbone(source: str | Path | PreTrainedConfig, **options: Any) -> PreTrainedModel:
@@ -27,12 +27,13 @@ def load_backbone(source: str | Path | PreTrainedConfig, **options: Any) -> PreT
         get_family(config.model_type).check_num_blocks(config)
         return AutoModel.from_config(config)
     with readable_weight_errors(source):
+        files = weight_files(source, **options)
+        options = pinned(options, files[0])
         config = image_encoder_config(AutoConfig.from_pretrained(source, trust_remote_code=False, **options))
         family = get_family(config.model_type)
         family.check_num_blocks(config)
         check_origin(source, config)
-        described = build_on_meta(source, lambda: AutoModel.from_config(config))
-        check_size(source, described, weight_files(source, **options))
+        check_size(source, lambda: AutoModel.from_config(config), files)
         model, report = AutoModel.from_pretrained(
             source,
             config=config,

@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers.utils.hub import cached_file, cached_files
+from transformers.utils.hub import cached_file, cached_files, extract_commit_hash
 
 # Options of from_pretrained that say where files come from.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
@@ -65,6 +65,12 @@ def weight_files(source: str | Path, **options: Any) -> list[Path]:
     return [Path(shard) for shard in shards or ()]
 
 
+def pinned(options: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """The options of a load with the commit of a fetched file, so that what is loaded is what was checked."""
+    commit = extract_commit_hash(str(file), None)
+    return dict(options) if commit is None else {**options, "revision": commit}
+
+
 def shard_names(index: Path) -> list[str]:
     """The files that an index of shards names.
 
@@ -105,11 +111,13 @@ def build_on_meta(source: str | Path, build: Callable[[], nn.Module]) -> Any:
         raise ValueError(f"the config of {str(source)!r} describes no model that can be built: {error}") from error
 
 
-def check_size(source: str | Path, described: nn.Module, files: Iterable[Path]) -> None:
-    """
+def check_size(source: str | Path, build: Callable[[], nn.Module], files: Iterable[Path]) -> Any:
+    """The model of a config without memory, as `build_on_meta` gives it.
+
     Raises:
-        ValueError: if a config asks for far more memory than the weights that came with it fill.
+        ValueError: also if the config asks for far more memory than the weights that came with it fill.
     """
+    described = build_on_meta(source, build)
     declared = sum(tensor.numel() for tensor in described.state_dict().values())
     found = num_elements(files)
     if declared > 2 * found + SPARE_ELEMENTS:
@@ -117,6 +125,7 @@ def check_size(source: str | Path, described: nn.Module, files: Iterable[Path]) 
             f"the config of {str(source)!r} describes a model of {declared:,} numbers, but its weight files hold "
             f"{found:,}: they do not belong together, get both again"
         )
+    return described
 
 
 def hub_options(options: Mapping[str, Any], *more: str) -> dict[str, Any]:

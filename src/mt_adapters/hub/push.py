@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from transformers.utils import logging
 
 from mt_adapters.hub.card import PICTURES, model_card
-from mt_adapters.hub.record import RECORD_FILE, describe, measured_record
+from mt_adapters.hub.record import RECORD_FILE, describe, measured_record, read_record
 from mt_adapters.version import __version__
+
+logger = logging.get_logger(__name__)
 
 CONFIG_FILE, ADAPTER_CONFIG_FILE = "config.json", "adapter_config.json"
 
@@ -22,6 +25,7 @@ def publish(
     save: Callable[[Path], Any],
     is_adapter: bool,
     run_folder: str | Path | None = None,
+    loaded_from: Path | None = None,
     base_model: str | None = None,
     license: str = "apache-2.0",
     **options: Any,
@@ -31,6 +35,7 @@ def publish(
     Args:
         model: the `VtaModel`.
         run_folder: what a training run left, whose results go on the card.
+        loaded_from: takes the place of `run_folder`, if it holds results that still are those of the model.
         base_model: Hub id of the backbone, if it was loaded from a folder.
         license: of the weights, in the Hub's spelling.
         options: `commit_message`, `private`, `token`, `revision`, `create_pr`.
@@ -48,7 +53,15 @@ def publish(
             f"the adapter's backbone is the folder {model.config.backbone_name_or_path!r} of this machine, which "
             "nobody else can load: give the backbone's Hub id, base_model=..."
         )
-    measured = {} if run_folder is None else measured_record(model, run_folder)
+    if run_folder is None and loaded_from is not None and (loaded_from / RECORD_FILE).is_file():
+        if read_record(loaded_from).get("weights") == described["weights"]:
+            run_folder = loaded_from
+        else:
+            logger.warning(
+                "The model has other weights than when its results in %s were measured: it is published without them.",
+                loaded_from,
+            )
+    measured = {} if run_folder is None else measured_record(described, run_folder)
     # The run's own versions and counts stand; the backbone's public name may be known by now only.
     record = described | measured | {"base_model": described["base_model"]}
     with tempfile.TemporaryDirectory() as folder_name:

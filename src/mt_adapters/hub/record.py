@@ -68,19 +68,14 @@ def read_record(run_folder: str | Path) -> dict[str, Any]:
         ) from error
 
 
-def is_of(model: Any, record: Mapping[str, Any]) -> bool:
-    """Whether what a record holds was measured with the very weights of this model."""
-    return record.get("weights") == weights_digest(model)
-
-
-def measured_record(model: Any, run_folder: str | Path) -> dict[str, Any]:
-    """The record of a run, if its results are those of this model.
+def measured_record(described: Mapping[str, Any], run_folder: str | Path) -> dict[str, Any]:
+    """The record of a run, if its results are those of the model that `describe` described.
 
     Raises:
         ValueError: if there is no record, or it was measured with other weights.
     """
     record = read_record(run_folder)
-    if not is_of(model, record):
+    if record.get("weights") != described["weights"]:
         raise ValueError(
             f"the results in {str(run_folder)!r} were measured with other weights than this model has, so its card "
             "may not show them: push the model as it was saved there, or leave run_folder out"

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from mt_adapters.backbones import Tokens, check_report, get_family, load_backbone
 from mt_adapters.decoders import get_decoder
-from mt_adapters.hub.download import build_on_meta, check_size, hub_options, readable_weight_errors, weight_files
+from mt_adapters.hub.download import check_size, hub_options, pinned, readable_weight_errors, weight_files
 from mt_adapters.models.vta.adapter_files import (
     config_from_dict,
     config_to_dict,
@@ -183,12 +183,12 @@ class VtaModel(PreTrainedModel):
         kwargs |= {"use_safetensors": True, "ignore_mismatched_sizes": True}
         with readable_weight_errors(source):
             files = weight_files(source, **hub_options(kwargs, "subfolder", "variant"))
+            kwargs = pinned(kwargs, files[0])
             settings = dict(kwargs)
             config: Any = settings.pop("config", None)
             if not isinstance(config, VtaConfig):
                 config, _ = VtaConfig.from_pretrained(config or source, return_unused_kwargs=True, **settings)
-            described = build_on_meta(source, lambda: cls(copy.deepcopy(config)))
-            check_size(source, described, files)
+            described = check_size(source, lambda: cls(copy.deepcopy(config)), files)
             loaded: Any = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         model, report = loaded
         check_report(source, report)

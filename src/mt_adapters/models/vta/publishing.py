@@ -3,14 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers.utils import logging
-
 from mt_adapters.hub.push import publish
-from mt_adapters.hub.record import RECORD_FILE, is_of, read_record
 from mt_adapters.models.vta.adapter_files import save_adapter_files
 from mt_adapters.models.vta.image_processing_pil_vta import VtaImageProcessorPil
-
-logger = logging.get_logger(__name__)
 
 if TYPE_CHECKING:
     from mt_adapters.models.vta.modeling_vta import VtaModel
@@ -29,14 +24,6 @@ def push(
 ) -> str:
     """`VtaModel.push_to_hub` and `push_adapter_to_hub`."""
     loaded_from = Path(model.name_or_path) if model.name_or_path else None
-    if run_folder is None and loaded_from is not None and (loaded_from / RECORD_FILE).is_file():
-        if is_of(model, read_record(loaded_from)):
-            run_folder = loaded_from
-        else:
-            logger.warning(
-                "The model has other weights than when its results in %s were measured: it is published without them.",
-                loaded_from,
-            )
     processor = image_processor or find_processor(model, run_folder, loaded_from)
 
     def save(folder: Path) -> None:
@@ -46,7 +33,7 @@ def push(
             model.save_pretrained(folder, max_shard_size=max_shard_size)
         processor.save_pretrained(folder)
 
-    return publish(model, repo_id, save, is_adapter, run_folder, **options)
+    return publish(model, repo_id, save, is_adapter, run_folder, loaded_from, **options)
 
 
 def find_processor(model: "VtaModel", *folders: str | Path | None) -> VtaImageProcessorPil:
