@@ -130,7 +130,7 @@ def main() -> None:
     set_seed(training.seed)
     dataset = get_dataset(data.dataset)
     train_set, validation_set = dataset("train", data.data_dir), dataset("validation", data.data_dir)
-    model = build_model(model_arguments, dataset.classes)
+    model = build_model(model_arguments, train_set.labels["semseg"])
     if accelerator.is_main_process:
         print(parameter_table(model.parameter_report()))
     side = data.eval_image_size or data.image_size

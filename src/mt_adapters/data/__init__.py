@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
-
-from torch.utils.data import Dataset
 
 from .collate import MultitaskCollator
+from .frames import FrameDataset
+from .pictures import BadSampleError
 from .rooms import ROOMS_CLASSES, RoomsDataset
 from .sampling import AugmentedDataset, StepSampler
 from .transforms import EvalTransform, TrainTransform
 
 # Each is called with (split, data_dir).
-DATASETS: dict[str, Callable[..., Dataset[dict[str, Any]]]] = {
+DATASETS: dict[str, Callable[..., FrameDataset]] = {
     "rooms": RoomsDataset,
 }
 
 
-def get_dataset(name: str) -> Callable[..., Dataset[dict[str, Any]]]:
+def get_dataset(name: str) -> Callable[..., FrameDataset]:
     """The data set class of that name.
 
     Raises:
@@ -37,7 +36,9 @@ __all__ = [
     "DATASETS",
     "ROOMS_CLASSES",
     "AugmentedDataset",
+    "BadSampleError",
     "EvalTransform",
+    "FrameDataset",
     "MultitaskCollator",
     "RoomsDataset",
     "StepSampler",
