@@ -15,7 +15,8 @@ class MultitaskCollator:
     """Stacks samples; where one lacks the label of a task, it gets "no label" at every pixel.
 
     Called with samples `{"pixel_values": (3, h, w), "labels": {task name: (..., h, w)}}` it returns
-    `{"pixel_values": (B, 3, h, w), "labels": {task name: (B, ..., h, w)}}`. Labels of other tasks are left out.
+    `{"pixel_values": (B, 3, h, w), "labels": {task name: (B, ..., h, w)}, "problems": [...]}`. Labels of other tasks
+    are left out; "problems" are the samples' own ("problem"), of frames that were skipped.
 
     Args:
         tasks: the tasks of the batch, all of which it will have.
@@ -34,6 +35,7 @@ class MultitaskCollator:
         return {
             "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
             "labels": {task.name: torch.stack([_label(sample, task) for sample in samples]) for task in self.tasks},
+            "problems": [sample["problem"] for sample in samples if "problem" in sample],
         }
 
 

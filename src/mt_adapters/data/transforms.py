@@ -34,8 +34,8 @@ class EvalTransform:
     """Resizes the whole image and its labels, and normalises the image.
 
     Called with a sample `{"image": uint8 (3, H, W), "labels": {...}}` it returns
-    `{"pixel_values": float32 (3, h, w), "labels": {task name: (..., h, w)}}`. A task reads the label of its own name
-    or, where the sample has none, that of its kind; a task without either is absent from the result.
+    `{"pixel_values": float32 (3, h, w), "labels": {task name: (..., h, w)}}`. A task whose label the sample lacks is
+    absent from the result.
 
     Args:
         tasks: the tasks whose labels are wanted.
@@ -78,14 +78,13 @@ class EvalTransform:
         columns = nearest_indices(box.left, box.right, width, source_width)
         labels = {}
         for task in self.tasks:
-            column = task.name if task.name in sample["labels"] else task.kind
-            if column not in sample["labels"]:
+            if task.name not in sample["labels"]:
                 continue
-            label = sample["labels"][column]
+            label = sample["labels"][task.name]
             if label.shape[-2:] != (source_height, source_width):
                 raise ValueError(
-                    f"The label {column!r} is {tuple(label.shape)}, but the image is {source_height} x {source_width}"
-                    "; labels must have the image's height and width."
+                    f"The label {task.name!r} is {tuple(label.shape)}, but the image is {source_height} x "
+                    f"{source_width}; labels must have the image's height and width."
                 )
             # Ours: depth keeps its metres and normals their directions. A zoom narrows the field of view, it does not
             # bring the scene nearer.
