@@ -6,9 +6,9 @@
     python examples/train_multitask.py --dataset prepared --data_dir data/nyuv2 --output_dir outputs/nyuv2
 
 OUT then holds train-00000-of-00007.parquet ..., validation-..., and info.json with a report, which is printed too:
-frames, how many have each label, class shares, depth range, and every frame that was skipped with the reason. A program
-that was stopped goes on where it was when it is started again. `datasets.load_dataset("parquet",
-data_files="OUT/train-*.parquet")` loads or streams the same files.
+frames, how many have each label, class shares, depth range, and every frame that was skipped, with the reason. Stopped
+and started again, the program goes on where it was. The same files can be loaded or streamed with
+`datasets.load_dataset("parquet", data_files="OUT/train-*.parquet")`.
 
 What each data set's folder must hold, its classes, units and licence: the docstrings in src/mt_adapters/data.
 """
@@ -79,7 +79,6 @@ def main() -> None:
         dataset = get_dataset(arguments.set)(split, arguments.raw, **dict(arguments.options))
         written = prepare_split(
             dataset,
-            arguments.set,
             split,
             arguments.output,
             frames_per_shard=arguments.frames_per_shard,

@@ -182,14 +182,6 @@ def test_evaluation_takes_the_pixel_under_the_centre() -> None:
     assert torch.equal(labels["depth"][0], torch.arange(1.0, WIDTH, 2))
 
 
-def test_a_task_reads_the_label_of_its_name_before_that_of_its_kind() -> None:
-    far, near = torch.full((8, 8), 9.0), torch.full((8, 8), 1.0)
-    tasks = [get_task("depth"), get_task({"name": "far", "type": "depth"}), get_task({"name": "x", "type": "depth"})]
-    sample = {"image": torch.zeros(3, 8, 8, dtype=torch.uint8), "labels": {"depth": near, "far": far}}
-    labels = EvalTransform(tasks, (8, 8))(sample)["labels"]
-    assert {name: label[0, 0].item() for name, label in labels.items()} == {"depth": 1.0, "far": 9.0, "x": 1.0}
-
-
 @pytest.mark.parametrize("transform", [TrainTransform, EvalTransform])
 def test_labels_that_a_sample_lacks_are_absent(transform: Callable[..., Any]) -> None:
     sample = noise_sample()

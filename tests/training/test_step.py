@@ -38,7 +38,7 @@ def make_step(model: VtaModel, **arguments: Any) -> MultitaskStep:
 
 
 def run_step(step: MultitaskStep, *batches: tuple[Tensor, dict[str, Tensor]], number: int = 0) -> dict[str, Tensor]:
-    step.begin(number)
+    step.begin(number, [labels for _, labels in batches])
     for images, labels in batches:
         losses = step.backward(images, labels)
     step.finish()

@@ -30,8 +30,10 @@ class FrameDataset(Dataset[dict[str, Any]], ABC):
 
     # Label name -> the names of its classes, or None where it has no classes. What a frame may have.
     labels: Mapping[str, tuple[str, ...] | None]
+    # What the set is called.
+    set_name: str
     # What it is, where to get it and its licence, in one or two sentences; for the cards of models trained on it.
-    summary: ClassVar[str]
+    summary: str
     # Metres per step of the 16-bit codes in which `examples/prepare_data.py` stores depth.
     depth_unit: float = 1 / 1000
 

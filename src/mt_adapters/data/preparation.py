@@ -29,7 +29,6 @@ FORMAT = 1
 
 def prepare_split(
     dataset: FrameDataset,
-    set_name: str,
     split: str,
     output: Path,
     *,
@@ -44,7 +43,6 @@ def prepare_split(
     Files that an earlier, interrupted call has written are kept.
 
     Args:
-        set_name: what the data set is called in `info.json`.
         frames_per_shard: frames in one parquet file.
         max_bad_share: the largest share of frames that may be skipped because they are bad.
         jobs: processes that read and encode.
@@ -60,7 +58,7 @@ def prepare_split(
     has_classes = {label: classes is not None for label, classes in dataset.labels.items()}
     described: dict[str, Any] = {
         "format": FORMAT,
-        "set": set_name,
+        "set": dataset.set_name,
         "summary": dataset.summary,
         "labels": {label: None if classes is None else list(classes) for label, classes in dataset.labels.items()},
         "depth_unit": dataset.depth_unit,
@@ -130,8 +128,8 @@ def _check_share(reports: Mapping[int, Mapping[str, Any]], num_frames: int, max_
     if len(skipped) > max_bad_share * num_frames:
         first = skipped[0]
         raise ValueError(
-            f"{len(skipped)} of {num_frames} frames are bad, more than the share of {max_bad_share} that may be skipped; "
-            f"the first is {first['frame']}: {first['reason']} Mend the files, or raise max_bad_share"
+            f"{len(skipped)} of {num_frames} frames are bad, more than max_bad_share={max_bad_share}. "
+            f"One is {first['frame']}: {first['reason']} Mend the files, or raise max_bad_share"
         )
 
 

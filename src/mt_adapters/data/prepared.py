@@ -66,8 +66,6 @@ class PreparedDataset(FrameDataset):
             `BadSampleError`), a frame that is damaged, with its file, row and column.
     """
 
-    summary = "a data set prepared with examples/prepare_data.py; its info.json says which"
-
     def __init__(self, split: str, data_dir: str | Path | None) -> None:
         self.root = Path(data_dir or "")
         info = read_info(self.root)
@@ -81,7 +79,7 @@ class PreparedDataset(FrameDataset):
                 f"unknown split {split!r}; {str(data_dir)!r} has: {', '.join(info['splits'])}"
                 + (f". Prepare it: prepare_data.py ... --splits {split}" if split in SPLITS else "")
             )
-        self.set = info["set"]
+        self.set_name, self.summary = info["set"], info["summary"]
         self.depth_unit = info["depth_unit"]
         self.labels = {name: None if names is None else tuple(names) for name, names in info["labels"].items()}
         self._tables = {
@@ -177,7 +175,12 @@ def read_info(folder: Path) -> dict[str, Any] | None:
         is_valid = all(Path(name).name == name for name in names) and all(
             isinstance(n, int) and n >= 0 for n in lengths
         )
-        is_valid = is_valid and isinstance(info["labels"], dict) and info["depth_unit"] > 0 and "set" in info
+        is_valid = (
+            is_valid
+            and isinstance(info["labels"], dict)
+            and info["depth_unit"] > 0
+            and {"set", "summary"} <= info.keys()
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{str(file)!r} is damaged ({error}): prepare the data set again") from error
     if not is_valid:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,7 +90,8 @@ class RoomsDataset(FrameDataset):
         "normals": None,
         "edges": None,
     }
-    summary: ClassVar[str] = (
+    set_name = "rooms"
+    summary = (
         "rooms: path-traced furnished interiors; the package ships a sample of them. Frames CC-BY 4.0, the "
         "furniture models in them CC-BY 3.0 and CC0 (credits in the package's NOTICE)"
     )

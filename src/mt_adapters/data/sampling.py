@@ -6,7 +6,7 @@ training processes changes the order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -105,7 +105,7 @@ class AugmentedDataset(Dataset[dict[str, Any]]):
 
     Args:
         dataset: anything with `__len__` and `__getitem__(index)`.
-        transform: called as `transform(sample, rng)`; one that can stand in for a bad frame has `size` too.
+        transform: called as `transform(sample, rng)`; its `size` is (height, width).
         seed: not negative.
         skip_bad: a frame that raises `BadSampleError` becomes a black image without any label, which changes no loss,
             gradient or metric; its "problem" says why.
@@ -114,7 +114,7 @@ class AugmentedDataset(Dataset[dict[str, Any]]):
     def __init__(
         self,
         dataset: Any,
-        transform: Callable[[Any, np.random.Generator], dict[str, Any]],
+        transform: Any,
         seed: int = 0,
         skip_bad: bool = False,
     ) -> None:

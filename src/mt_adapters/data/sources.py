@@ -147,6 +147,16 @@ class Mixture(Dataset[dict[str, Any]]):
         return cls([dataset], choose_labels(kinds, [dataset], [{}]) if hasattr(dataset, "labels") else [{}])
 
     @property
+    def names(self) -> list[str]:
+        """What the data sets are called."""
+        return [getattr(dataset, "set_name", type(dataset).__name__) for dataset in self.datasets]
+
+    @property
+    def summaries(self) -> list[str]:
+        """What the data sets are, and their licences."""
+        return [getattr(dataset, "summary", "") for dataset in self.datasets]
+
+    @property
     def shard_lengths(self) -> list[list[int]]:
         return [getattr(dataset, "shard_lengths", [len(dataset)]) for dataset in self.datasets]
 
@@ -162,7 +172,7 @@ class Mixture(Dataset[dict[str, Any]]):
         try:
             sample = dataset.read(place, set(found.values()))
         except BadSampleError as error:
-            raise BadSampleError(f"{type(dataset).__name__}, frame {dataset.name(place)}: {error}") from error
+            raise BadSampleError(f"{dataset.set_name}, frame {place}: {error}") from error
         labels = {task: sample["labels"][label] for task, label in found.items() if label in sample["labels"]}
         return {"image": sample["image"], "labels": labels}
 
