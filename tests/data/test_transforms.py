@@ -154,7 +154,7 @@ def test_a_grey_image_has_no_saturation_and_no_hue_to_change(strengths: tuple[fl
     assert (plain["pixel_values"] - jittered["pixel_values"]).abs().max() <= 1
 
 
-def test_half_a_turn_of_hue_makes_red_cyan() -> None:
+def test_half_a_turn_of_hue_makes_red_a_cyan_of_the_same_luma() -> None:
     class Largest:
         def uniform(self, low: float, high: float, size: int | None = None) -> Any:
             return high if size is None else np.full(size, high)
@@ -163,7 +163,8 @@ def test_half_a_turn_of_hue_makes_red_cyan() -> None:
     red[0] = 255
     transform = TrainTransform([], (4, 4), flip=False, color_jitter=(0.0, 0.0, 0.0, 0.5), **RAW)
     result = transform({"image": red, "labels": {}}, Largest())["pixel_values"]
-    torch.testing.assert_close(result[:, 0, 0], torch.tensor([0.0, 255.0, 255.0]), atol=6, rtol=0)
+    # Mirrored at the grey of red's luma, 0.299, and clipped.
+    torch.testing.assert_close(result[:, 0, 0], 255 * torch.tensor([0.0, 0.598, 0.598]), atol=0.1, rtol=0)
 
 
 def test_evaluation_at_the_images_size_only_normalises() -> None:

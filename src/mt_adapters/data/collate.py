@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from mt_adapters.tasks import Task
 
@@ -33,8 +33,11 @@ class MultitaskCollator:
         if len(sizes) != 1:
             raise ValueError(f"A batch needs images of one size, got {sorted(sizes)}; resize them in the transform.")
         return {
-            "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
-            "labels": {task.name: torch.stack([_label(sample, task) for sample in samples]) for task in self.tasks},
+            # In a worker process default_collate stacks into the memory that it shares with the main process.
+            "pixel_values": default_collate([sample["pixel_values"] for sample in samples]),
+            "labels": {
+                task.name: default_collate([_label(sample, task) for sample in samples]) for task in self.tasks
+            },
             "problems": [sample["problem"] for sample in samples if "problem" in sample],
         }
 

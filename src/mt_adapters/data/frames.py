@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 import numpy as np
 import torch
@@ -17,9 +17,18 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mt_adapters.data.derived import Intrinsics, edges_from_labels, normals_from_depth
-from mt_adapters.data.pictures import RGB, BadSampleError, decode_picture, encode_png, read_file
+from mt_adapters.data.pictures import RGB, BadSampleError, StoredLabel, decode_picture, encode_png, read_file
 
 SPLITS = ("train", "validation")
+
+
+@overload
+def in_units(label: StoredLabel | Tensor) -> Tensor: ...
+@overload
+def in_units(label: None) -> None: ...
+def in_units(label: StoredLabel | Tensor | None) -> Tensor | None:
+    """A label in its task's units."""
+    return label.decode(label.codes) if isinstance(label, StoredLabel) else label
 
 
 class FrameDataset(Dataset[dict[str, Any]], ABC):
@@ -53,8 +62,8 @@ class FrameDataset(Dataset[dict[str, Any]], ABC):
         """(H,W,3) uint8 RGB."""
 
     @abstractmethod
-    def _label(self, frame: Any, label: str) -> Tensor | None:
-        """One label in its task's units, (H,W) or (3,H,W); None if this frame has none."""
+    def _label(self, frame: Any, label: str) -> StoredLabel | Tensor | None:
+        """One label as it is stored, or in its task's units, (H,W) or (3,H,W); None if this frame has none."""
 
     def _image_bytes(self, frame: Any) -> bytes:
         """The image as a JPEG or PNG file."""
@@ -66,29 +75,40 @@ class FrameDataset(Dataset[dict[str, Any]], ABC):
         return [len(self)]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.read(index)
-
-    def read(self, index: int, names: Collection[str] | None = None) -> dict[str, Any]:
-        """The sample with the labels of these names (default: all) that the frame has.
+        """The sample with all labels that the frame has, in their tasks' units.
 
         Raises:
-            BadSampleError: if a file is missing, damaged, stored in another way or size, or holds a value out of
-                range; with the file or column and the rule.
+            BadSampleError: as `read`, or if a label holds a value out of range.
+        """
+        sample = self.read(index, self.labels)
+        labels = {name: in_units(label) for name, label in sample["labels"].items()}
+        return {"image": sample["image"], "labels": labels}
+
+    def read(self, index: int, names: Collection[str]) -> dict[str, Any]:
+        """The sample with the labels of these names that the frame has, not yet in their tasks' units.
+
+        A label is a `StoredLabel`, or a tensor where it was worked out.
+
+        Raises:
+            BadSampleError: if a file is missing, damaged, or stored in another way or size; with the file or column
+                and the rule.
         """
         frame = self._frame(index)
         image = self._image(frame)
         labels = {}
-        for name in self.labels if names is None else names:
+        for name in names:
             label = self._label(frame, name)
             if label is None:
                 continue
-            if label.shape[-2:] != image.shape[:2]:
+            size = label.size if isinstance(label, StoredLabel) else tuple(label.shape[-2:])
+            if size != image.shape[:2]:
                 raise BadSampleError(
-                    f"{self.name(index)}: the label {name!r} is {label.shape[-2]} x {label.shape[-1]} pixels, but the "
-                    f"image is {image.shape[0]} x {image.shape[1]}; all labels must have the image's size."
+                    f"{self.name(index)}: the label {name!r} is {size[0]} x {size[1]} pixels, but the image is "
+                    f"{image.shape[0]} x {image.shape[1]}; all labels must have the image's size."
                 )
             labels[name] = label
-        return {"image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), "labels": labels}
+        # A view: Pillow, which resizes it, wants the colours of a pixel next to each other.
+        return {"image": torch.from_numpy(image).permute(2, 0, 1), "labels": labels}
 
     def image_bytes(self, index: int) -> bytes:
         """The image as it is stored, JPEG or PNG.
@@ -145,7 +165,7 @@ class FolderDataset(FrameDataset):
     def _image_path(self, frame: str) -> Path: ...
 
     @abstractmethod
-    def _stored_label(self, frame: str, label: str) -> Tensor | None:
+    def _stored_label(self, frame: str, label: str) -> StoredLabel | Tensor | None:
         """`_label` for labels that are not derived."""
 
     def _intrinsics(self, frame: str, height: int, width: int) -> Intrinsics:
@@ -161,13 +181,13 @@ class FolderDataset(FrameDataset):
     def _frame(self, index: int) -> str:
         return self.frames[index]
 
-    def _label(self, frame: str, label: str) -> Tensor | None:
+    def _label(self, frame: str, label: str) -> StoredLabel | Tensor | None:
         if label not in self.derive:
             return self._stored_label(frame, label)
-        depth = self._stored_label(frame, "depth") if "depth" in self.labels else None
+        depth = in_units(self._stored_label(frame, "depth")) if "depth" in self.labels else None
         if label == "normals":
             return None if depth is None else normals_from_depth(depth, self._intrinsics(frame, *depth.shape))
-        ids = self._stored_label(frame, "semseg") if "semseg" in self.labels else None
+        ids = in_units(self._stored_label(frame, "semseg")) if "semseg" in self.labels else None
         return None if ids is None and depth is None else edges_from_labels(ids, depth)
 
     def _image_bytes(self, frame: str) -> bytes:

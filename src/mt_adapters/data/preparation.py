@@ -201,7 +201,7 @@ def _encode_frame(
     dataset: FrameDataset, has_classes: Mapping[str, bool], index: int, report: dict[str, Any]
 ) -> dict[str, Any]:
     name = dataset.name(index)
-    labels = dataset.read(index)["labels"]
+    labels = dataset[index]["labels"]
     row: dict[str, Any] = {"name": name, "image": {"bytes": dataset.image_bytes(index), "path": None}}
     for label, is_ids in has_classes.items():
         row[label] = None

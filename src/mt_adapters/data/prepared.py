@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import os
 from bisect import bisect_right
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from mt_adapters.data.pictures import (
     RGB,
     SEMSEG_NO_LABEL,
     BadSampleError,
+    StoredLabel,
     class_ids,
     decode_picture,
     encode_png,
@@ -151,12 +153,15 @@ class PreparedDataset(FrameDataset):
             raise BadSampleError(f"{frame['where']}, column 'image': holds no picture")
         return frame["image"]["bytes"]
 
-    def _label(self, frame: dict[str, Any], label: str) -> Tensor | None:
+    def _label(self, frame: dict[str, Any], label: str) -> StoredLabel | None:
         if frame[label] is None:
             return None
         name = f"{frame['where']}, column {label!r}"
         codes = decode_picture(frame[label]["bytes"], RULES.get(label, IDS_8_BIT), name)
-        return decode_label(label, codes, name, self.depth_unit, self._tables.get(label))
+        decode = partial(
+            decode_label, label=label, name=name, depth_unit=self.depth_unit, table=self._tables.get(label)
+        )
+        return StoredLabel(codes, decode)
 
 
 def read_info(folder: Path) -> dict[str, Any] | None:
@@ -188,7 +193,7 @@ def read_info(folder: Path) -> dict[str, Any] | None:
     return info
 
 
-def decode_label(label: str, codes: np.ndarray, name: str, depth_unit: float, table: np.ndarray | None) -> Tensor:
+def decode_label(codes: np.ndarray, label: str, name: str, depth_unit: float, table: np.ndarray | None) -> Tensor:
     """A stored picture as a label in its task's units.
 
     Raises:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mt_adapters.data.frames import SPLITS, FrameDataset
 from mt_adapters.data.pictures import (
@@ -18,6 +18,7 @@ from mt_adapters.data.pictures import (
     RGB,
     BadSampleError,
     PictureRule,
+    StoredLabel,
     class_ids,
     decode_picture,
     grey_16_bit,
@@ -124,15 +125,15 @@ class RoomsDataset(FrameDataset):
     def _image_bytes(self, frame: tuple[int, dict[str, Any]]) -> bytes:
         return frame[1]["image"]["bytes"]
 
-    def _label(self, frame: tuple[int, dict[str, Any]], label: str) -> Tensor:
+    def _label(self, frame: tuple[int, dict[str, Any]], label: str) -> StoredLabel:
         codes, name = self._decode(frame, label), self._column(frame, label)
         if label == "semseg":
-            return class_ids(codes, IDS, name)
+            return StoredLabel(codes, partial(class_ids, table=IDS, name=name))
         if label == "depth":
-            return metres(codes, self.depth_unit)
+            return StoredLabel(codes, partial(metres, metres_per_code=self.depth_unit))
         if label == "normals":
-            return unit_vectors(codes, name)
-        return torch.from_numpy(codes.astype(np.float32))
+            return StoredLabel(codes, partial(unit_vectors, name=name))
+        return StoredLabel(codes, lambda part: torch.from_numpy(part.astype(np.float32)))
 
     def _column(self, frame: tuple[int, dict[str, Any]], column: str) -> str:
         return f"{self.name(frame[0])}, column {column!r}"
