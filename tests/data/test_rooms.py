@@ -174,7 +174,7 @@ def test_importing_the_data_room_leaves_datasets_alone() -> None:
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("name", ["", ".rooms", ".transforms", ".collate", ".sampling"])
+@pytest.mark.parametrize("name", [".table", ".rooms", ".transforms", ".collate", ".sampling"])
 def test_the_examples_of_the_docstrings_hold(name: str) -> None:
     assert doctest.testmod(importlib.import_module(f"mt_adapters.data{name}")).failed == 0
 
