@@ -13,11 +13,12 @@ from typing import Any, ClassVar, overload
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from mt_adapters.data.derived import Intrinsics, edges_from_labels, normals_from_depth
-from mt_adapters.data.pictures import RGB, BadSampleError, StoredLabel, decode_picture, encode_png, read_file
+from mt_adapters.data.pictures import RGB, BadSampleError, StoredLabel, encode_png, open_picture, read_file
 
 SPLITS = ("train", "validation")
 
@@ -58,8 +59,8 @@ class FrameDataset(Dataset[dict[str, Any]], ABC):
         """Whatever the following methods need to find the frame's parts."""
 
     @abstractmethod
-    def _image(self, frame: Any) -> np.ndarray:
-        """(H,W,3) uint8 RGB."""
+    def _image(self, frame: Any) -> Image.Image:
+        """The image in RGB."""
 
     @abstractmethod
     def _label(self, frame: Any, label: str) -> StoredLabel | Tensor | None:
@@ -67,7 +68,7 @@ class FrameDataset(Dataset[dict[str, Any]], ABC):
 
     def _image_bytes(self, frame: Any) -> bytes:
         """The image as a JPEG or PNG file."""
-        return encode_png(self._image(frame))
+        return encode_png(np.asarray(self._image(frame)))
 
     @property
     def shard_lengths(self) -> list[int]:
@@ -82,12 +83,12 @@ class FrameDataset(Dataset[dict[str, Any]], ABC):
         """
         sample = self.read(index, self.labels)
         labels = {name: in_units(label) for name, label in sample["labels"].items()}
-        return {"image": sample["image"], "labels": labels}
+        return {"image": torch.from_numpy(np.array(sample["image"])).permute(2, 0, 1), "labels": labels}
 
     def read(self, index: int, names: Collection[str]) -> dict[str, Any]:
-        """The sample with the labels of these names that the frame has, not yet in their tasks' units.
+        """The sample as it is stored: a picture, and the labels of these names that the frame has.
 
-        A label is a `StoredLabel`, or a tensor where it was worked out.
+        A label is a `StoredLabel`, or a tensor in its task's units where it was worked out.
 
         Raises:
             BadSampleError: if a file is missing, damaged, or stored in another way or size; with the file or column
@@ -101,14 +102,13 @@ class FrameDataset(Dataset[dict[str, Any]], ABC):
             if label is None:
                 continue
             size = label.size if isinstance(label, StoredLabel) else tuple(label.shape[-2:])
-            if size != image.shape[:2]:
+            if size != (image.height, image.width):
                 raise BadSampleError(
                     f"{self.name(index)}: the label {name!r} is {size[0]} x {size[1]} pixels, but the image is "
-                    f"{image.shape[0]} x {image.shape[1]}; all labels must have the image's size."
+                    f"{image.height} x {image.width}; all labels must have the image's size."
                 )
             labels[name] = label
-        # A view: Pillow, which resizes it, wants the colours of a pixel next to each other.
-        return {"image": torch.from_numpy(image).permute(2, 0, 1), "labels": labels}
+        return {"image": image, "labels": labels}
 
     def image_bytes(self, index: int) -> bytes:
         """The image as it is stored, JPEG or PNG.
@@ -193,5 +193,5 @@ class FolderDataset(FrameDataset):
     def _image_bytes(self, frame: str) -> bytes:
         return read_file(self._image_path(frame))
 
-    def _image(self, frame: str) -> np.ndarray:
-        return decode_picture(self._image_bytes(frame), RGB, repr(str(self._image_path(frame))))
+    def _image(self, frame: str) -> Image.Image:
+        return open_picture(self._image_bytes(frame), RGB, repr(str(self._image_path(frame))))
