@@ -150,7 +150,7 @@ def main() -> int:
         f"| {side} x {side} | {figures['alone']:.0f} | {figures['loader']:.0f} | {figures['ratio']:.2f} "
         f"| {figures['cpu_alone']:.2f} | {figures['cpu_loader']:.2f} |\n\n"
         f"{'PASS' if figures['ratio'] >= MIN_RATIO else 'FAIL'}: the loader with augmentation at "
-        f"{arguments.image_size} pixels and {arguments.num_workers} workers runs at {figures['ratio']:.0%} of the rate "
+        f"{arguments.image_size} pixels and {arguments.num_workers} workers is at {figures['ratio']:.0%} of the rate "
         f"of decoding alone (>= {MIN_RATIO:.0%})"
     )
     if arguments.json:
