@@ -27,7 +27,7 @@ ID_ROW, CAR_ROWS, FIRST_CAR, SECOND_CAR = 6, slice(20, 28), slice(10, 16), slice
 
 
 def write_cityscapes(folder: Path, size: tuple[int, int] = (48, 64)) -> dict[str, dict[str, Tensor]]:
-    """Writes two train frames and one validation frame; `size` is at least 40 x 40.
+    """Writes two train frames and one validation frame; `size` is from 40 x 40 to 96 x 96.
 
     Returns:
         by the name of the frame its image (3,H,W), semseg (19 classes) and depth.

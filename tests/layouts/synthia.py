@@ -38,7 +38,7 @@ FOCAL_PER_WIDTH = 532.740352 / 1280
 
 
 def write_synthia(folder: Path, size: tuple[int, int] = (48, 64)) -> dict[str, dict[str, Tensor]]:
-    """Writes two train frames and one validation frame; `size` is at least 40 x 40.
+    """Writes two train frames and one validation frame; `size` is from 40 x 40 to 96 x 96.
 
     Returns:
         by the name of the frame its image (3,H,W), semseg and depth.

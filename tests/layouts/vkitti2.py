@@ -41,7 +41,7 @@ CAMERA = (70.5, 66.25, 30.5, 23.0)
 
 
 def write_vkitti2(folder: Path, size: tuple[int, int] = (48, 64)) -> dict[str, dict[str, Tensor]]:
-    """Writes three train frames and one validation frame, from both cameras; `size` is at least 40 x 40.
+    """Writes three train frames and one validation frame, from both cameras; `size` is from 40 x 40 to 96 x 96.
 
     Returns:
         by the name of the frame its size, semseg (8 classes) and depth. Images are JPEG, so not exact.

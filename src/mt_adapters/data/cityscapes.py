@@ -15,7 +15,10 @@ half a pixel lies between it and our corner of the image.
 Quirks. Disparities are measured by stereo matching: they have holes, and normals derived from them are rough. Depth
 makes no derived edges, as its noise far away exceeds the step of an edge. A disparity near 0 would be kilometres:
 below `MIN_DISPARITY` there is no depth. Licence plates have the id -1 in the table and are not drawn, so no picture
-holds it. Not verified: that the car itself, at the bottom of each picture, has sound disparities; they are kept.
+holds it.
+
+Not verified: that the car itself, at the bottom of each picture, has sound disparities (they are kept), and that the
+7 classes are to the last id those of MTAN (https://arxiv.org/abs/1803.10704). DenseMTL's `cls07` has fewer ids.
 
 Sources: README.md (layout, disparity, splits), helpers/labels.py (ids, names, categories), docs/csCalibration.pdf
 (camera), preparation/json2labelImg.py and json2instanceImg.py (bit depths, instances) of
