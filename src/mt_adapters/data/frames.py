@@ -136,6 +136,8 @@ class FolderDataset(FrameDataset):
     layout: ClassVar[str]
     # What `derive` may name.
     derivable: ClassVar[tuple[str, ...]] = ()
+    # The stored labels that each is derived from; one of them is enough.
+    derived_from: ClassVar[Mapping[str, tuple[str, ...]]] = {"normals": ("depth",), "edges": ("semseg", "depth")}
 
     def __init__(self, split: str, data_dir: str | Path | None, derive: Sequence[str] = ()) -> None:
         if split not in SPLITS:
@@ -156,6 +158,13 @@ class FolderDataset(FrameDataset):
             raise ValueError(
                 f"{str(data_dir)!r} holds no frame of the split {split!r}; {kind} needs a folder with {self.layout}"
             )
+        missing = {label: folder for label, folder in self._label_folders().items() if not folder.is_dir()}
+        self.labels = {label: classes for label, classes in self.labels.items() if label not in missing}
+        for label in self.derive:
+            sources = self.derived_from[label]
+            if not any(source in self.labels for source in sources):
+                folders = [str(missing[source]) for source in sources if source in missing]
+                raise ValueError(f"{kind} derives {label!r} from {' or '.join(sources)}, but there is no {folders}")
 
     @abstractmethod
     def _find_frames(self) -> Sequence[str]:
@@ -167,6 +176,14 @@ class FolderDataset(FrameDataset):
     @abstractmethod
     def _stored_label(self, frame: str, label: str) -> StoredLabel | Tensor | None:
         """`_label` for labels that are not derived."""
+
+    def _label_folders(self) -> Mapping[str, Path]:
+        """The folders of labels that may be missing, as sets are published in parts; without it, no such label."""
+        return {}
+
+    def _regions(self, frame: str) -> StoredLabel | Tensor | None:
+        """Ids (H,W) whose borders are edges, 255 = no label; by default the classes."""
+        return self._stored_label(frame, "semseg")
 
     def _intrinsics(self, frame: str, height: int, width: int) -> Intrinsics:
         """The camera of a frame; only where "normals" is derivable."""
@@ -182,12 +199,15 @@ class FolderDataset(FrameDataset):
         return self.frames[index]
 
     def _label(self, frame: str, label: str) -> StoredLabel | Tensor | None:
+        if label not in self.labels:
+            return None
         if label not in self.derive:
             return self._stored_label(frame, label)
-        depth = in_units(self._stored_label(frame, "depth")) if "depth" in self.labels else None
+        sources = [source for source in self.derived_from[label] if source in self.labels]
+        depth = in_units(self._stored_label(frame, "depth")) if "depth" in sources else None
         if label == "normals":
             return None if depth is None else normals_from_depth(depth, self._intrinsics(frame, *depth.shape))
-        ids = in_units(self._stored_label(frame, "semseg")) if "semseg" in self.labels else None
+        ids = in_units(self._regions(frame)) if "semseg" in sources else None
         return None if ids is None and depth is None else edges_from_labels(ids, depth)
 
     def _image_bytes(self, frame: str) -> bytes:
