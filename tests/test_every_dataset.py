@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from layouts.cityscapes import write_cityscapes
+from layouts.pascal_context import write_pascal_context
 from layouts.synthia import write_synthia
 from layouts.vkitti2 import write_vkitti2
 from mt_adapters.data import DATASETS, get_dataset
@@ -27,6 +28,17 @@ DERIVED = {"derive": ["normals", "edges"]}
 ROWS = {
     "cityscapes": Row("cityscapes", write_cityscapes, ALL_FOUR, DERIVED),
     "cityscapes, 8 classes": Row("cityscapes", write_cityscapes, ["semseg", "depth"], {"num_classes": 8}),
+    "pascal_context": Row(
+        "pascal_context",
+        write_pascal_context,
+        [
+            "semseg",
+            "normals",
+            "edges",
+            {"name": "parts", "type": "semseg"},
+            {"name": "saliency", "type": "semseg"},
+        ],
+    ),
     "synthia": Row("synthia", write_synthia, ALL_FOUR, DERIVED),
     "vkitti2": Row("vkitti2", write_vkitti2, ALL_FOUR, DERIVED),
 }
