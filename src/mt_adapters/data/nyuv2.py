@@ -63,7 +63,6 @@ from mt_adapters.data.pictures import (
     IDS_8_BIT,
     RGB,
     SEMSEG_NO_LABEL,
-    BadSampleError,
     PictureRule,
     StoredLabel,
     class_ids,
