@@ -85,6 +85,8 @@ class Hdf5File:
         import h5py
 
         if self._opened is None or self._opened[0] != os.getpid():
+            # First let go of what a parent process has opened: HDF5 would share it.
+            self._opened = None
             self._opened = (os.getpid(), h5py.File(self.path, "r"))
         return self._opened[1]
 
