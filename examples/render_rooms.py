@@ -53,6 +53,7 @@ class Settings:
     light: str
     exposure: float
     furniture_split: str
+    variant: str
     libraries: tuple[str, ...]
 
 
@@ -65,12 +66,12 @@ def room_file(output: Path, number: int) -> Path:
     return output / "rooms" / f"{number:05d}.parquet"
 
 
-def render_room(number: int, settings: Settings, output: Path) -> Path:
+def render_room(number: int, settings: Settings, output: Path, num_threads: int | None = None) -> Path:
     """Renders a room's views and writes its file, unless that is there already."""
     path = room_file(output, number)
     if path.is_file():
         return path
-    mi = scene.import_mitsuba()
+    mi = scene.import_mitsuba(settings.variant, num_threads)
     models = read_catalogue(map(Path, settings.libraries), settings.furniture_split)
     room = make_room(settings.seed, number, models, settings.light)
     cameras = make_cameras(room, settings.views, np.random.default_rng([settings.seed, number, 1]))
@@ -135,7 +136,7 @@ def render_all(numbers: range, settings: Settings, output: Path, jobs: int) -> N
             return
         # Fresh processes: a renderer's threads do not survive a fork.
         with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-            for _ in pool.imap_unordered(work, missing):
+            for _ in pool.imap_unordered(partial(work, num_threads=1), missing):
                 bar.update()
 
 
@@ -163,6 +164,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--furniture_split", choices=FURNITURE_SPLITS, default="all", help="which models are used")
     parser.add_argument("--light", choices=LIGHTS, default="random", help="light of windows, of lamps, or drawn per room")
     parser.add_argument("--exposure", type=float, default=0.0, help="stops brighter than the automatic exposure")
+    parser.add_argument("--variant", choices=scene.VARIANTS, default=scene.VARIANTS[0], help="llvm_ad_rgb is faster")
     arguments = parser.parse_args(argv)
     for name, least in (("rooms", 2), ("views", 1), ("seed", 0), ("size", 8), ("spp", 1), ("jobs", 1)):
         if getattr(arguments, name) < least:
@@ -173,7 +175,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     try:
-        scene.import_mitsuba()
+        scene.import_mitsuba(arguments.variant)
         libraries = find_libraries(arguments.furniture)
         models = read_catalogue(libraries, arguments.furniture_split)
         settings = Settings(
@@ -184,6 +186,7 @@ def main(argv: list[str] | None = None) -> None:
             light=arguments.light,
             exposure=arguments.exposure,
             furniture_split=arguments.furniture_split,
+            variant=arguments.variant,
             libraries=tuple(map(str, libraries)),
         )
         claim_folder(arguments.output, settings)

@@ -17,9 +17,14 @@ from .classes import CLASSES
 from .layout import Placement, Room
 from .meshes import Material, Part, box_uv, load_parts, smooth_normals, write_ply
 
-VARIANT = "scalar_rgb"
-MAX_BOUNCES = 7
+# The first needs nothing but a processor; the second needs an LLVM library and takes an eighth of the time.
+VARIANTS = ("scalar_rgb", "llvm_ad_rgb")
+MAX_BOUNCES = 6
 INSTALL_HINT = 'pip install "mt-adapters[render]"   (or: pip install mitsuba)'
+LLVM_HINT = (
+    "install LLVM 16 or newer (Debian: apt-get install libllvm19), name it in the environment "
+    "(DRJIT_LIBLLVM_PATH=libLLVM.so.19.1), or render with --variant scalar_rgb."
+)
 # Radiance by kind of light; only ratios matter, since exposure follows the picture.
 PANEL, LAMP, DAYLIGHT = 9.0, 7.0, 8.0
 # What is left of the lights that are "off": a room is never dark, and a sampled light costs less noise than bounces.
@@ -53,17 +58,24 @@ class View:
     ids: np.ndarray  # of pieces, -1 = nothing hit
 
 
-def import_mitsuba() -> Any:
-    """The module `mitsuba`, set to the variant that needs no GPU and no LLVM.
+def import_mitsuba(variant: str, num_threads: int | None = None) -> Any:
+    """The module `mitsuba`, set to one of `VARIANTS`.
 
     Raises:
-        ImportError: it is not installed; says how to.
+        ImportError: it is not installed, or the variant lacks its library; says what to do.
     """
     try:
         import mitsuba
     except ImportError as error:
         raise ImportError(f"Rendering needs Mitsuba 3: {INSTALL_HINT}") from error
-    mitsuba.set_variant(VARIANT)
+    try:
+        mitsuba.set_variant(variant)
+    except ImportError as error:
+        raise ImportError(f"Mitsuba cannot use {variant!r} ({error}); {LLVM_HINT}") from error
+    if num_threads is not None:
+        import drjit
+
+        drjit.set_thread_count(num_threads)
     return mitsuba
 
 
@@ -122,21 +134,32 @@ def build_scene(mi: Any, room: Room, folder: Path) -> Scene:
 
     # Optimising would merge shapes of equal surfaces, and with them the pieces that labels tell apart.
     scene = mi.load_dict({"type": "scene", **shapes}, optimize=False)
-    id_of_shape = np.array([owners[shape.id()] for shape in scene.shapes()])
+    numbers = [_number_of_shape(mi, shape, index) for index, shape in enumerate(scene.shapes())]
+    id_of_shape = np.full(max(numbers) + 1, -1)
+    id_of_shape[numbers] = [owners[shape.id()] for shape in scene.shapes()]
     return Scene(scene, np.array(class_of_id), id_of_shape)
+
+
+def _number_of_shape(mi: Any, shape: Any, index: int) -> int:
+    """What the renderer's channel `shape_index` says of a shape; 0 stands for no shape."""
+    if mi.variant().startswith("scalar"):
+        return index + 1
+    import drjit
+
+    # Compiled variants number shapes in the order in which threads happened to load them.
+    return int(drjit.reinterpret_array(mi.UInt32, mi.ShapePtr(shape))[0])
 
 
 def render_view(mi: Any, scene: Scene, camera: Camera, size: int, samples: int, seed: int) -> View:
     """Renders `size` x `size` pixels; the same seed gives the same picture."""
     path = {"type": "path", "max_depth": MAX_BOUNCES, "rr_depth": 4}
     light = {"type": "aov", "aovs": "albedo:albedo,normal:sh_normal,position:position", "image": path}
-    hits = {"type": "aov", "aovs": "position:position,normal:sh_normal,shape:shape_index,depth:depth"}
+    hits = {"type": "aov", "aovs": "position:position,normal:sh_normal,shape:shape_index"}
     noisy = _render(mi, scene, camera, size, light, {"type": "independent", "sample_count": samples}, seed)
     # One sample without jitter is the middle of the pixel.
     centre = {"type": "stratified", "sample_count": 1, "jitter": False}
-    exact = _render(mi, scene, camera, size, hits, centre, seed)[..., -8:]
-    hit = exact[..., 7] > 0
-    ids = np.where(hit, scene.id_of_shape[np.where(hit, exact[..., 6], 0).astype(int)], -1)
+    exact = _render(mi, scene, camera, size, hits, centre, seed)[..., -7:]
+    ids = scene.id_of_shape[np.rint(exact[..., 6]).astype(int)]
     noisy = noisy[..., -12:]
     return View(
         radiance=noisy[..., 0:3],
