@@ -1,4 +1,4 @@
-"""Renders furnished rooms with every label, in the format of the rooms set: more data, other rooms, furniture or light.
+"""Renders furnished rooms with every label, as the rooms set has them: more data, other rooms, furniture or light.
 
     pip install -e ".[render,train]"
     apt-get install -y --no-install-recommends sweethome3d-furniture
@@ -11,10 +11,16 @@ Other rooms, by the number of the seed; furniture that training has not seen; ot
     python examples/render_rooms.py outputs/rooms_seen --rooms 270 --seed 2 --furniture_split seen --light daylight
     python examples/render_rooms.py outputs/rooms_dark --rooms 30 --seed 3 --light lamps --exposure -1.5
 
-The folder gets train.parquet and validation.parquet (every ninth room, from the second on), CREDITS.txt, which names the
-authors of the furniture and has to go with the frames, and rooms/, one file per finished room. A run that was stopped goes
-on with the same command; more --rooms add to those there are. A room depends on the seed and its number only, not on --jobs.
-How it works: examples/rooms_renderer/README.md.
+Mitsuba's compiled variant takes an eighth of the time, but needs an LLVM library of version 16 or newer:
+
+    apt-get install -y --no-install-recommends libllvm19
+    export DRJIT_LIBLLVM_PATH=libLLVM.so.19.1
+    python examples/render_rooms.py outputs/rooms --variant llvm_ad_rgb
+
+The folder gets train.parquet and validation.parquet (every ninth room, from the second on), CREDITS.txt, which names
+the authors of the furniture and has to go with the frames, and rooms/, one file per finished room. A run that was
+stopped goes on with the same command; more --rooms add to those there are. A room depends on the seed and its number
+only, not on --jobs. How it works: examples/rooms_renderer/README.md.
 """
 
 from __future__ import annotations
@@ -31,11 +37,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
+
 from rooms_renderer import denoise, frames, labels, scene
 from rooms_renderer.cameras import Camera, make_cameras
 from rooms_renderer.furniture import FURNITURE_SPLITS, FurnitureModel, credits_text, find_libraries, read_catalogue
 from rooms_renderer.layout import LIGHTS, make_room
-from tqdm import tqdm
 
 # Validation rooms: 1, 10, 19, ... A room's split does not change when rooms are added.
 VALIDATION_EVERY, VALIDATION_FIRST = 9, 1
@@ -58,7 +65,7 @@ class Settings:
 
 
 def split_of(number: int) -> str:
-    """"train" or "validation" for a room's number."""
+    """ "train" or "validation" for a room's number."""
     return "validation" if number % VALIDATION_EVERY == VALIDATION_FIRST else "train"
 
 
@@ -162,7 +169,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="processes; a room is rendered by one of them")
     parser.add_argument("--furniture", nargs="+", default=[], help="libraries (.sh3f), or folders with some")
     parser.add_argument("--furniture_split", choices=FURNITURE_SPLITS, default="all", help="which models are used")
-    parser.add_argument("--light", choices=LIGHTS, default="random", help="light of windows, of lamps, or drawn per room")
+    parser.add_argument(
+        "--light", choices=LIGHTS, default="random", help="light of windows, of lamps, or drawn per room"
+    )
     parser.add_argument("--exposure", type=float, default=0.0, help="stops brighter than the automatic exposure")
     parser.add_argument("--variant", choices=scene.VARIANTS, default=scene.VARIANTS[0], help="llvm_ad_rgb is faster")
     arguments = parser.parse_args(argv)

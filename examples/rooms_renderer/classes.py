@@ -1,4 +1,4 @@
-"""From a model's name and category in the catalogue to its kind (how it is placed) and its class (what its pixels say)."""
+"""From a model's name and category to its kind (how it is placed) and its class (what the label says)."""
 
 from __future__ import annotations
 
@@ -115,8 +115,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "floor_object",
         "objects",
-        r"guitar|umbrella|treadmill|bike|fan$|ladder|punching|suitcase|dustbin|trash|recycling|extinguisher|clothes horse"
-        r"|barrel|rocking horse|toy|backpack|vase|ball$|cardboard|broom|potty|gift|aquarium",
+        r"guitar|umbrella|treadmill|bike|fan$|ladder|punching|suitcase|dustbin|trash|recycling|extinguisher"
+        r"|clothes horse|barrel|rocking horse|toy|backpack|vase|ball$|cardboard|broom|potty|gift|aquarium",
         min_height=0.2,
     ),
     Rule(

@@ -1,7 +1,7 @@
 """Removes the noise of few samples on the CPU: an edge-avoiding wavelet filter on the light, guided by the surfaces.
 
-After Dammertz et al., "Edge-Avoiding A-Trous Wavelet Transform for fast Global Illumination Filtering" (HPG 2010). Radiance
-is divided by albedo first, so textures stay as sharp as they are; only the light that falls on them is smoothed.
+After Dammertz et al., "Edge-Avoiding A-Trous Wavelet Transform for fast Global Illumination Filtering" (HPG 2010).
+Radiance is divided by albedo first, so textures stay as sharp as they are; only the light on them is smoothed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def _filter(
     light: np.ndarray, normals: np.ndarray, positions: np.ndarray, depth: np.ndarray, step: int, spread: float
 ) -> np.ndarray:
     reach = 2 * step
-    padded = [np.pad(array, ((reach, reach), (reach, reach), (0, 0)), mode="edge") for array in (light, normals, positions)]
+    padded = [
+        np.pad(array, ((reach, reach), (reach, reach), (0, 0)), mode="edge") for array in (light, normals, positions)
+    ]
     height, width = depth.shape
     brightness = np.log(light.mean(axis=-1) + 1e-3)
     total, weights = np.zeros_like(light), np.zeros_like(depth)

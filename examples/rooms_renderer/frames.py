@@ -63,8 +63,8 @@ def encode_frame(
 ) -> dict[str, Any]:
     """The five pictures of a frame as the bytes of JPEG and PNG files.
 
-    `image` is uint8 (H, W, 3), `depth` metres (H, W), `normals` unit vectors or zeros (H, W, 3), `semseg` class ids (H, W),
-    `edges` bool (H, W).
+    `image` is uint8 (H, W, 3), `depth` metres (H, W), `normals` unit vectors or zeros (H, W, 3), `semseg` class ids
+    (H, W), `edges` bool (H, W).
     """
     millimetres = np.clip(np.round(depth * MILLIMETRES_PER_METRE), 0, MAX_MILLIMETRES).astype(np.uint16)
     codes = np.round(np.clip(normals * 0.5 + 0.5, 0, 1) * 255).astype(np.uint8)

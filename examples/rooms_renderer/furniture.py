@@ -1,4 +1,4 @@
-"""The furniture libraries: reading their catalogues, splitting the models into seen and unseen, crediting the authors."""
+"""The furniture libraries: their catalogues, the models as seen and unseen ones, and the credits of the authors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ INSTALL_HINT = (
 
 @dataclass(frozen=True)
 class FurnitureModel:
-    """One model of a library; sizes in metres, `rotation` row by row, applied before the model is scaled to its size."""
+    """One model of a library; sizes in metres; `rotation` (row by row) comes before the scaling to that size."""
 
     library: str  # path of the .sh3f file
     key: str  # id in the catalogue, unique over all libraries

@@ -1,6 +1,6 @@
 """From what the renderer hits in each pixel to the labels of the rooms set.
 
-Legend: arrays are (H, W) or (H, W, 3); positions are in the room's frame, in metres; `ids` number the pieces of a scene.
+Legend: arrays are (H, W) or (H, W, 3); positions are in the room's frame, in metres; `ids` number the pieces.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def planar_depth(positions: np.ndarray, hit: np.ndarray, camera: Camera) -> np.n
 
 
 def camera_normals(normals: np.ndarray, positions: np.ndarray, hit: np.ndarray, camera: Camera) -> np.ndarray:
-    """Unit normals in the camera's frame (x right, y up, z towards the camera) that face it; zeros where nothing was hit."""
+    """Unit normals that face the camera, in its frame (x right, y up, z towards it); zeros where nothing was hit."""
     local = normals @ camera.axes.T
     to_camera = (camera.position - positions) @ camera.axes.T
     local = local * np.where((local * to_camera).sum(axis=-1, keepdims=True) < 0, -1, 1)
@@ -30,7 +30,7 @@ def camera_normals(normals: np.ndarray, positions: np.ndarray, hit: np.ndarray, 
 
 
 def edges(ids: np.ndarray, depth: np.ndarray, normals: np.ndarray) -> np.ndarray:
-    """Pixels that differ from their left or upper neighbour by the piece, by over 6 % of depth, or by over 45 degrees."""
+    """Pixels unlike their left or upper neighbour: another piece, over 6 % of depth, or over 45 degrees."""
     result = np.zeros(ids.shape, dtype=bool)
     for axis in (0, 1):
         before, after = (slice(None, -1), slice(1, None))

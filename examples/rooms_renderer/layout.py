@@ -30,7 +30,7 @@ LOWEST_HANGING = 1.9
 
 @dataclass(frozen=True)
 class Placement:
-    """A piece of furniture: position is the middle of its base, size its own width, height and depth, all in metres."""
+    """A piece of furniture: position is the middle of its base, size its width, height and depth, in metres."""
 
     kind: str
     semantic_class: str
@@ -259,7 +259,7 @@ class _Layout:
         return position * [1, 0, 1], other.yaw, size
 
     def _inside(self, size: Size, base: float, yaw: float, margin: float = 0.05) -> Spot:
-        """Anywhere, at least `margin` metres off the walls; the box is checked later, so corners may ask for it too."""
+        """Anywhere, at least `margin` metres off the walls."""
         reach = np.array([size[0], size[2]]).max() / 2 + margin
         low, high = np.minimum(reach, self.centre), np.maximum(2 * self.centre - reach, self.centre)
         x, z = self.rng.uniform(low, high)

@@ -1,7 +1,7 @@
-"""Furniture models as triangles: OBJ and MTL files to parts of one material each, scaled, smooth, with texture coordinates.
+"""Furniture models as triangles: OBJ and MTL files to parts of one material each, scaled and smoothed.
 
-Legend: `F` triangles, `V` vertices, `P` pairs of corners that share a vertex. Model frame: x right, y up, z to the front;
-metres; the origin is the middle of the base.
+Legend: `F` triangles, `V` vertices, `P` pairs of corners that share a vertex. Model frame: x right, y up, z to the
+front; metres; the origin is the middle of the base.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import numpy as np
 
 from .furniture import FurnitureModel
 
-# Faces that meet at less than this are one curved surface. It is below the 45 degrees from which labels call it a crease.
+# Faces that bend by less than this are one curved surface; from 45 degrees on, labels call it a crease.
 SMOOTH_DEGREES = 40.0
 MIN_TRIANGLE_AREA = 1e-10  # square metres
 
 
 @dataclass(frozen=True)
 class Material:
-    """What an MTL file says of a part; colour is linear RGB in [0, 1], texture the path of a picture in the library."""
+    """What an MTL file says of a part; colour is RGB in [0, 1], texture the path of a picture in the library."""
 
     name: str
     colour: tuple[float, float, float] = (0.7, 0.7, 0.7)
@@ -163,7 +163,7 @@ def parse_mtl(text: str, folder: str) -> dict[str, Material]:
 
 
 def smooth_normals(corners_F33: np.ndarray, smooth_degrees: float = SMOOTH_DEGREES) -> np.ndarray:
-    """Unit normals per corner (F, 3, 3): the area-weighted mean over the faces around it that bend by less than an angle."""
+    """Unit normals per corner (F, 3, 3): the area-weighted mean over the faces around it that bend but little."""
     area_normal_F3 = _cross(corners_F33)
     face_normal_F3 = area_normal_F3 / np.linalg.norm(area_normal_F3, axis=1, keepdims=True)
     # Files repeat vertices where textures or objects meet; positions within a tenth of a millimetre are one vertex.

@@ -30,27 +30,20 @@ class Recipe:
 
 
 # How a kind is placed: see the functions of these names in layout.py.
-PLACED: dict[str, str] = {
-    **dict.fromkeys(
-        "bed bedside wardrobe shelf chest tv_stand fridge kitchen_unit cooker toilet bath washbasin water_cooler piano "
-        "sofa".split(),
-        "against_wall",
-    ),
-    **dict.fromkeys("window door curtain radiator".split(), "in_wall"),
-    **dict.fromkeys("hood kitchen_wall_unit wall_lamp wall_object water_heater painting".split(), "on_wall"),
-    **dict.fromkeys("ceiling_lamp ceiling_fan panel".split(), "under_ceiling"),
-    **dict.fromkeys("dining_table coffee_table games_table".split(), "in_the_middle"),
-    **dict.fromkeys("armchair bar_stool floor_lamp floor_object plant_large".split(), "anywhere"),
-    **dict.fromkeys(
-        "television computer hifi kitchen_device table_lamp plant_small table_object bathroom_object picture_small"
-        .split(),
-        "on_top",
-    ),
-    **dict.fromkeys("rug procedural_rug".split(), "on_floor"),
-    "desk": "against_wall",
-    "chair": "at_table",
-    "desk_chair": "at_table",
+_PLACES = {
+    "against_wall": "bed bedside wardrobe shelf chest tv_stand desk sofa piano fridge kitchen_unit cooker toilet bath "
+    "washbasin water_cooler",
+    "in_wall": "window door curtain radiator",
+    "on_wall": "hood kitchen_wall_unit wall_lamp wall_object water_heater painting",
+    "under_ceiling": "ceiling_lamp ceiling_fan panel",
+    "in_the_middle": "dining_table coffee_table games_table",
+    "at_table": "chair desk_chair",
+    "anywhere": "armchair bar_stool floor_lamp floor_object plant_large",
+    "on_top": "television computer hifi kitchen_device table_lamp plant_small table_object bathroom_object "
+    "picture_small",
+    "on_floor": "rug procedural_rug",
 }
+PLACED: dict[str, str] = {kind: place for place, kinds in _PLACES.items() for kind in kinds.split()}
 # Kinds made here, without a model: width, height and depth in metres are drawn in layout.py.
 PROCEDURAL: dict[str, str] = {"painting": "picture", "panel": "lamp", "procedural_rug": "rug"}
 

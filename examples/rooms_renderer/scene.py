@@ -47,7 +47,7 @@ class Scene:
 
 @dataclass
 class View:
-    """One rendered view: radiance, albedo and helpers for denoising are means over samples, the rest is of pixel centres."""
+    """One rendered view: the first four are means over a pixel's samples, the rest is of its middle."""
 
     radiance: np.ndarray
     albedo: np.ndarray
@@ -115,14 +115,18 @@ def build_scene(mi: Any, room: Room, folder: Path) -> Scene:
         owner = FIRST_PIECE + number
         if placement.model is None:
             light = _radiance(PANEL * electric * lamp_colour) if placement.kind == "panel" else None
-            add(owner, _placed(_box(placement.size, placement.kind), placement), _procedural(mi, placement), 1.0, light)
+            add(
+                owner, _placed(_box(placement.size, placement.kind), placement), _procedural(mi, placement), 1.0, light
+            )
             continue
         parts = load_parts(placement.model, *placement.size)
         glowing = _glowing_part(parts) if placement.kind in LAMP_KINDS and electric == 1.0 else -1
         for index, part in enumerate(parts):
             if placement.kind == "window" and part.material.opacity < surfaces.MIRROR_OPACITY:
                 continue  # The pane below takes its place.
-            picture = surfaces.read_picture(placement.model.library, part.material.texture) if part.uv_from_file else None
+            picture = (
+                surfaces.read_picture(placement.model.library, part.material.texture) if part.uv_from_file else None
+            )
             bsdf, scale = surfaces.part_surface(mi, placement, part.material, picture)
             light = _radiance(LAMP * lamp_colour) if index == glowing else None
             add(owner, _placed(part, placement), bsdf, scale, light)
@@ -191,7 +195,9 @@ def _render(
             "sampler": sampler,
         }
     )
-    return np.array(mi.render(scene.mitsuba, sensor=sensor, integrator=mi.load_dict(integrator), seed=seed), dtype=float)
+    return np.array(
+        mi.render(scene.mitsuba, sensor=sensor, integrator=mi.load_dict(integrator), seed=seed), dtype=float
+    )
 
 
 def _shell(room: Room) -> list[tuple[int, str, Part]]:
@@ -202,7 +208,7 @@ def _shell(room: Room) -> list[tuple[int, str, Part]]:
     feet = [(a, b), (d, a), (c, d), (b, c)]  # in the order of the layout's walls: z = 0, x = 0, z = length, x = width
     walls = [
         (wall, texture, _quad(*(np.array(corner) for corner in pair), up))
-        for wall, texture, pair in zip(WALLS, room.walls, feet)
+        for wall, texture, pair in zip(WALLS, room.walls, feet, strict=True)
     ]
     floor = (FLOOR, room.floor, _quad(np.array(a), np.array(d), np.array([width, 0, 0])))
     ceiling = (CEILING, "plain", _quad(up, up + np.array(b), np.array([0, 0, length])))
