@@ -90,7 +90,7 @@ def test_seen_and_unseen_furniture_share_nothing(
     keys = [{model.key for model in part} for part in (seen, unseen)]
     assert keys[0] | keys[1] == {model.key for model in furniture_models}
     assert not keys[0] & keys[1]
-    # Chairs are the only kind with enough furniture_models to be split: a fifth of six, rounded.
+    # Chairs are the only kind with enough models to be split: a fifth of six, rounded.
     assert [model.name for model in unseen] == ["Chair"]
 
 

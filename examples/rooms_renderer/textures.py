@@ -46,7 +46,7 @@ def furniture_colour(rng: np.random.Generator) -> Colour:
     """Off-white, grey or dark for two in five, otherwise any hue."""
     if rng.random() < 0.4:
         return hsv(rng.random(), rng.uniform(0, 0.12), rng.choice([0.15, 0.35, 0.6, 0.85, 0.92]))
-    return hsv(rng.random(), rng.uniform(0.2, 0.8), rng.uniform(0.35, 0.9))
+    return hsv(rng.random(), rng.uniform(0.15, 0.6), rng.uniform(0.35, 0.85))
 
 
 def noise(rng: np.random.Generator, scale_u: float, scale_v: float) -> np.ndarray:
