@@ -14,7 +14,7 @@ WALL_DISTANCE = 0.3
 FURNITURE_DISTANCE = 0.25
 # A look at the rooms set: the nearest thing is seldom closer than 0.5 m, and its median depth seldom below 1.6 m.
 MIN_DEPTH = 0.45
-MIN_MEDIAN_DEPTH = 1.5
+MIN_MEDIAN_DEPTH = 1.6
 MIN_FURNITURE_SHARE = 0.12
 NUM_TRIES = 80
 NUM_PROBES = 13  # rays along each side of the frame

@@ -43,12 +43,16 @@ def edges(ids: np.ndarray, depth: np.ndarray, normals: np.ndarray) -> np.ndarray
     return result
 
 
-def normals_from_depth(depth: np.ndarray, camera: Camera) -> np.ndarray:
-    """Normals of the surface through neighbouring pixels (H-2, W-2, 3), to check the renderer's against."""
+def normals_from_depth(depth: np.ndarray, camera: Camera, reach: int = 1) -> np.ndarray:
+    """Normals of the surface through the pixels `reach` away on all four sides, to check the renderer's against.
+
+    (H - 2 * reach, W - 2 * reach, 3). Depth in whole millimetres needs a reach of several pixels.
+    """
     size = depth.shape[0]
     rays = camera.rays(size) @ camera.axes.T
     points = rays / -rays[..., 2:] * depth[..., None]
-    across = points[1:-1, 2:] - points[1:-1, :-2]
-    up = points[:-2, 1:-1] - points[2:, 1:-1]
+    middle = slice(reach, size - reach)
+    across = points[middle, 2 * reach :] - points[middle, : size - 2 * reach]
+    up = points[: size - 2 * reach, middle] - points[2 * reach :, middle]
     normals = np.cross(across, up)
     return normals / np.maximum(np.linalg.norm(normals, axis=-1, keepdims=True), 1e-12)

@@ -60,8 +60,8 @@ _PAINT = ("plain", "plain", "plain", "plaster", "plaster", "stripes", "brick", "
 
 RECIPES: dict[str, Recipe] = {
     "Living room": Recipe(
-        (3.4, 5.8),
-        (3.8, 6.4),
+        (3.6, 6.4),
+        (4.2, 7.0),
         ("planks", "planks", "planks", "carpet", "tiles", "marble"),
         _PAINT,
         (
@@ -88,8 +88,8 @@ RECIPES: dict[str, Recipe] = {
         ),
     ),
     "Bedroom": Recipe(
-        (3.0, 4.8),
-        (3.2, 5.2),
+        (3.2, 5.4),
+        (3.4, 5.8),
         ("planks", "planks", "carpet", "carpet", "tiles"),
         _PAINT,
         (
@@ -112,8 +112,8 @@ RECIPES: dict[str, Recipe] = {
         ),
     ),
     "Kitchen": Recipe(
-        (2.8, 4.6),
         (3.0, 5.2),
+        (3.2, 5.6),
         ("tiles", "tiles", "checker", "planks", "marble"),
         ("plain", "plain", "plaster", "tiles", "tiles", "brick"),
         (
@@ -139,8 +139,8 @@ RECIPES: dict[str, Recipe] = {
         ),
     ),
     "Office": Recipe(
-        (2.8, 5.0),
         (3.2, 5.6),
+        (3.6, 6.2),
         ("carpet", "carpet", "planks", "tiles"),
         ("plain", "plain", "plaster", "brick"),
         (
@@ -162,8 +162,8 @@ RECIPES: dict[str, Recipe] = {
         ),
     ),
     "Bathroom": Recipe(
-        (2.4, 3.6),
-        (2.6, 4.2),
+        (2.6, 4.0),
+        (2.8, 4.6),
         ("tiles", "tiles", "checker", "marble"),
         ("tiles", "tiles", "plain", "marble"),
         (
