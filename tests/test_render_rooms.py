@@ -11,7 +11,7 @@ from PIL import Image
 
 import render_rooms
 from mt_adapters.data import RoomsDataset
-from rooms_renderer import frames, labels, scene
+from rooms_renderer import check, frames, labels, scene
 from rooms_renderer.cameras import Camera, look
 from rooms_renderer.classes import CLASSES
 from rooms_renderer.denoise import denoise
@@ -126,7 +126,7 @@ def test_denoising_smooths_within_a_surface_and_keeps_borders() -> None:
 
 def fake_room(number: int, settings: render_rooms.Settings, output: Path, num_threads: int | None = None) -> Path:
     """Stands in for `render_room`: the frame's size tells the room."""
-    view, camera = wall_view(size=8 + number)
+    view, camera = wall_view(size=16 + number)
     row = render_rooms.make_frame(view, camera, np.array([1]), exposure=0.0)
     row.update(room=f"r{number}", room_type="Office", fov_degrees=60.0)
     path = render_rooms.room_file(output, number)
@@ -162,6 +162,16 @@ def test_splits_share_no_room_and_keep_theirs_when_rooms_are_added(tmp_path: Pat
     assert rooms_of[12]["validation"] == {"r1", "r10"}
     assert len(rooms_of[12]["train"]) == 10
     assert "Creators: Ada" in (tmp_path / "CREDITS.txt").read_text()
+
+
+def test_the_check_measures_what_was_rendered(tmp_path: Path, run: Callable[..., None]) -> None:
+    run(tmp_path, "--rooms", 3)
+    measured = check.measure(tmp_path)
+    assert measured["frames"] == "3"
+    assert float(measured["normals against depth, median degrees"]) < 1
+    assert 1.8 < float(measured["median depth, metres"]) < 2.3
+    assert measured["wall, % of pixels"] == "100.0"
+    assert measured["brightness, of 255"] == "139"
 
 
 def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(
