@@ -5,14 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from furniture_library import PIECES
+from furniture_library import PIECES, STRIPES
 from mt_adapters.data.rooms import ROOMS_CLASSES
 from rooms_renderer.cameras import box_distances, is_free, make_cameras
 from rooms_renderer.classes import CLASSES, classify
 from rooms_renderer.furniture import FurnitureModel, credits_text, find_libraries, read_catalogue
 from rooms_renderer.layout import Room, make_room, overlap
-from rooms_renderer.meshes import box_uv, load_parts, parse_mtl, parse_obj, smooth_normals
+from rooms_renderer.meshes import box_uv, load_parts, parse_mtl, parse_obj, smooth_normals, write_ply
 from rooms_renderer.recipes import PLACED, PROCEDURAL, RECIPES
+from rooms_renderer.surfaces import read_picture
 from rooms_renderer.textures import TEXTURE_METRES, make_texture
 
 NUM_ROOMS = 24
@@ -116,6 +117,28 @@ def test_a_model_fills_its_size_and_stands_on_its_base(furniture_models: list[Fu
     assert part.corners_F33.shape == (12, 3, 3)
     np.testing.assert_allclose(part.corners_F33.min(axis=(0, 1)), [-1, 0, -0.45], atol=1e-9)
     np.testing.assert_allclose(part.corners_F33.max(axis=(0, 1)), [1, 0.85, 0.45], atol=1e-9)
+
+
+def test_a_model_brings_its_picture(furniture_models: list[FurnitureModel]) -> None:
+    bed = next(model for model in furniture_models if model.name == "Bed")
+    (part,) = load_parts(bed, 1.6, 0.6, 2.0)
+    assert part.uv_from_file
+    np.testing.assert_array_equal(part.uv_F32[0], [(0, 0), (1, 0), (1, 1)])
+    np.testing.assert_array_equal(read_picture(bed.library, part.material.texture), STRIPES)
+    assert read_picture(bed.library, "pictures/missing.png") is None
+
+
+def test_a_ply_file_holds_each_corner_with_v_from_the_top(tmp_path: Path) -> None:
+    corners = np.arange(18, dtype=float).reshape(2, 3, 3)
+    normals = np.broadcast_to([0.0, 0, 1], corners.shape)
+    uv = np.broadcast_to([0.25, 0.1], (2, 3, 2))
+    write_ply(tmp_path / "two.ply", corners, normals, uv)
+    header, _, body = (tmp_path / "two.ply").read_bytes().partition(b"end_header\n")
+    assert b"element vertex 6\n" in header
+    assert b"element face 2\n" in header
+    vertices = np.frombuffer(body, dtype="<f4", count=6 * 8).reshape(6, 8)
+    np.testing.assert_allclose(vertices[4], [*corners[1, 1], 0, 0, 1, 0.25, 0.9], rtol=1e-6)
+    assert len(body) == 6 * 8 * 4 + 2 * 13
 
 
 def test_negative_indices_and_polygons_are_read() -> None:

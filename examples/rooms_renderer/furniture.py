@@ -21,8 +21,6 @@ IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 FURNITURE_SPLITS = ("all", "seen", "unseen")
 UNSEEN_SHARE = 0.2
 MIN_TO_SPLIT = 3
-# Human figures; the rooms set has no class for people.
-LEFT_OUT_LIBRARIES = ("Reallusion",)
 INSTALL_HINT = (
     "Install the Debian package with\n"
     "    apt-get install -y --no-install-recommends sweethome3d-furniture\n"
@@ -62,7 +60,7 @@ def find_libraries(paths: Sequence[str | Path] = ()) -> list[Path]:
         if not path.exists():
             raise FileNotFoundError(f"There is no furniture at {str(path)!r}. {INSTALL_HINT}")
         found = sorted(p for p in path.iterdir() if p.suffix in LIBRARY_SUFFIXES) if path.is_dir() else [path]
-        libraries += [p for p in found if paths or p.stem not in LEFT_OUT_LIBRARIES]
+        libraries += found
     if not libraries:
         raise FileNotFoundError(f"No {'/'.join(LIBRARY_SUFFIXES)} file in {[str(p) for p in paths]}. {INSTALL_HINT}")
     return libraries

@@ -204,7 +204,9 @@ def write_ply(path: Path, corners_F33: np.ndarray, normals_F33: np.ndarray, uv_F
     header = ["ply", "format binary_little_endian 1.0", f"element vertex {3 * num_faces}"]
     header += [f"property float {name}" for name in names]
     header += [f"element face {num_faces}", "property list uchar int vertex_indices", "end_header", ""]
-    vertices = np.concatenate([corners_F33, normals_F33, uv_F32], axis=2).reshape(-1, 8).astype("<f4")
+    # Mitsuba's v grows downwards from the first row of a picture.
+    flipped_uv_F32 = np.stack([uv_F32[..., 0], 1 - uv_F32[..., 1]], axis=-1)
+    vertices = np.concatenate([corners_F33, normals_F33, flipped_uv_F32], axis=2).reshape(-1, 8).astype("<f4")
     triangles = np.empty(num_faces, dtype=[("count", "u1"), ("corners", "<i4", 3)])
     triangles["count"] = 3
     triangles["corners"] = np.arange(3 * num_faces).reshape(-1, 3)
