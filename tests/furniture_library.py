@@ -52,12 +52,8 @@ def write_library(path: Path) -> Path:
         archive.writestr("boxes/painted.mtl", "newmtl red\nKd 1 1 1\nmap_Kd ../pictures/stripes.png\n")
         archive.writestr("pictures/stripes.png", picture.getvalue())
         for number, (name, category, width, depth, height, creator) in enumerate(PIECES, start=1):
-            entry = {
-                "id": f"Boxes#{number}",
-                "name": name,
-                "category": category,
-                "model": f"/boxes/{'painted' if name == 'Bed' else 'box'}.obj",
-            }
+            model = "painted" if name == "Bed" else "box"
+            entry = {"id": f"Boxes#{number}", "name": name, "category": category, "model": f"/boxes/{model}.obj"}
             entry |= {"width": width, "depth": depth, "height": height, "creator": creator}
             lines += [f"{field}#{number}={value}" for field, value in entry.items()]
         archive.writestr("PluginFurnitureCatalog.properties", "\n".join(lines).encode("latin-1"))
