@@ -5,8 +5,8 @@
 Three training sets of the same rooms, prepared with `mt_adapters.data.preparation`: all labels; one label per frame,
 each task on a quarter of the frames; a quarter of the frames with all labels, which is as many labels. Same recipe,
 steps and validation frames; with one label per frame also with four times the frames in a step, so that a step sees as
-many labels as with all of them. Runs that have ended are not repeated. Prints a table (mean over seeds +- half the range)
-and writes --json: results and command of every run, and the table's figures. "gain" is the mean relative gain
+many labels as with all of them. Runs that have ended are not repeated. Prints a table (mean over seeds +- half the
+range) and writes --json: results and command of every run, and the table's figures. "gain" is the mean relative gain
 (delta_m) over the run of the same seed with all labels.
 """
 
