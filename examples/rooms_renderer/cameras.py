@@ -9,7 +9,7 @@ import numpy as np
 from .layout import Room
 
 FOV_DEGREES = (50.0, 80.0)
-EYE_HEIGHT = (0.95, 1.75)  # metres
+EYE_HEIGHT = (1.1, 1.9)  # metres
 WALL_DISTANCE = 0.3
 FURNITURE_DISTANCE = 0.25
 # A look at the rooms set: the nearest thing is seldom closer than 0.5 m, and its median depth seldom below 1.6 m.
@@ -86,9 +86,9 @@ def _propose(room: Room, rng: np.random.Generator) -> Camera:
     else:
         target = rng.uniform([0, 0.5, 0], [width, 1.5, length])
     away = target - position
-    # Between looking well down and a little up.
+    # A little lower than the target, between looking well down and hardly up: floors are seen more than ceilings.
     reach = max(np.hypot(away[0], away[2]), 0.2)
-    away[1] = np.clip(away[1], -0.6 * reach, 0.15 * reach)
+    away[1] = np.clip(away[1] - 0.07 * reach, -0.7 * reach, 0.08 * reach)
     return look(position, position + away + [1e-6, 0, 1e-6], float(rng.uniform(*FOV_DEGREES)))
 
 
