@@ -22,7 +22,7 @@ VARIANTS = ("scalar_rgb", "llvm_ad_rgb")
 MAX_BOUNCES = 6
 INSTALL_HINT = 'pip install "mt-adapters[render]"   (or: pip install mitsuba)'
 LLVM_HINT = (
-    "install LLVM 16 or newer (Debian: apt-get install libllvm19), name it in the environment "
+    "install a recent LLVM (Debian: apt-get install libllvm19), name it in the environment "
     "(DRJIT_LIBLLVM_PATH=libLLVM.so.19.1), or render with --variant scalar_rgb."
 )
 # Radiance by kind of light; only ratios matter, since exposure follows the picture.
