@@ -11,7 +11,7 @@ Other rooms, by the number of the seed; furniture that training has not seen; ot
     python examples/render_rooms.py outputs/rooms_seen --rooms 270 --seed 2 --furniture_split seen --light daylight
     python examples/render_rooms.py outputs/rooms_dark --rooms 30 --seed 3 --light lamps --exposure -1.5
 
-Mitsuba's compiled variant takes an eighth of the time, but needs an LLVM library of version 16 or newer:
+Mitsuba's compiled variant takes a fifth of the time, but needs a recent LLVM library (14 and 15 abort, 19 works):
 
     apt-get install -y --no-install-recommends libllvm19
     export DRJIT_LIBLLVM_PATH=libLLVM.so.19.1

@@ -17,12 +17,12 @@ from .classes import CLASSES
 from .layout import Placement, Room
 from .meshes import Material, Part, box_uv, load_parts, smooth_normals, write_ply
 
-# The first needs nothing but a processor; the second needs an LLVM library and takes an eighth of the time.
+# The first needs nothing but a processor; the second needs an LLVM library and takes a fifth of the time.
 VARIANTS = ("scalar_rgb", "llvm_ad_rgb")
 MAX_BOUNCES = 6
 INSTALL_HINT = 'pip install "mt-adapters[render]"   (or: pip install mitsuba)'
 LLVM_HINT = (
-    "install LLVM 16 or newer (Debian: apt-get install libllvm19), name it in the environment "
+    "install a recent LLVM (Debian: apt-get install libllvm19), name it in the environment "
     "(DRJIT_LIBLLVM_PATH=libLLVM.so.19.1), or render with --variant scalar_rgb."
 )
 # Radiance by kind of light; only ratios matter, since exposure follows the picture.
