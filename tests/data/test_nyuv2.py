@@ -318,11 +318,19 @@ def test_a_folder_that_is_empty_or_a_step_too_high_is_refused_with_the_layout(tm
         NyuV2Dataset("train", None)
 
 
-def test_worker_processes_and_copies_open_the_file_anew(tmp_path: Path) -> None:
+def test_worker_processes_and_copies_open_the_file_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_nyuv2_mat(tmp_path)
     dataset = NyuV2Dataset("train", tmp_path, derive=DERIVED)
+    assert dataset._mat._opened is None
     here = dataset[0]["labels"]
-    assert dataset._mat._opened is not None
+    opened = dataset._mat._opened[1]
+    dataset.read(1, ["depth"])
+    assert dataset._mat._opened[1] is opened
+    with monkeypatch.context() as patch:
+        patch.setattr("mt_adapters.data.arrays.os.getpid", lambda: 0)
+        dataset.read(1, ["depth"])
+    assert dataset._mat._opened[0] == 0
+    assert dataset._mat._opened[1] is not opened
     copy = pickle.loads(pickle.dumps(dataset))
     assert copy._mat._opened is None
     loader = DataLoader(dataset, batch_size=None, num_workers=2)

@@ -143,8 +143,8 @@ class NyuV2Dataset(FolderDataset):
         "gt_sets/{train,val}.txt"
     )
     derivable: ClassVar[tuple[str, ...]] = ("normals", "edges")
-    # Up to 13 m; the sensor ends at 10.
-    depth_unit = 1 / 5000
+    # Up to 16 m (the sensor ends at 10), in steps that floating point holds exactly.
+    depth_unit = 1 / 4096
 
     def __init__(
         self,
