@@ -1,5 +1,6 @@
 """PASCAL-Context: known values come back in our units, and every bad file is named with the rule it breaks."""
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +12,20 @@ from PIL import Image
 
 from layouts.pascal_context import FRAMES, WITHOUT_PERSON, thing, write_parts, write_pascal_context
 from mt_adapters.data import BadSampleError
-from mt_adapters.data.pascal_context import INDOOR_CLASSES, PARTS, PascalContextDataset
+from mt_adapters.data.pascal_context import (
+    INDOOR_CLASSES,
+    PART_CLASSES,
+    PART_IDS,
+    PascalContextDataset,
+    borders,
+)
+from mt_adapters.tasks import get_task
 
 SIZE = (48, 64)
 HALF = 32
 FIRST = "2008_000002"
+TASKS = [get_task({"name": name, "type": "semseg", "num_labels": n}) for name, n in (("semseg", 21), ("parts", 7))]
+TASKS += [get_task({"name": "saliency", "type": "semseg", "num_labels": 2}), get_task("normals"), get_task("edges")]
 
 
 @pytest.fixture
@@ -36,12 +46,61 @@ def test_known_values_come_back_in_ids_and_unit_vectors(folder: Path) -> None:
     assert torch.equal(labels["parts"], parts), "head 1, foot 6, torso 2; a bird's eye is no part of a person"
     assert (labels["saliency"][:, :HALF] == 1).all()
     assert (labels["saliency"][:, HALF:] == 0).all()
-    # Stored as (1, 0, 0) with x left; there is no normal in the sky.
-    expected = torch.tensor([-1.0, 0.0, 0.0])[:, None, None].expand(3, SIZE[0], HALF)
-    torch.testing.assert_close(labels["normals"][:, :, :HALF], expected, atol=0.005, rtol=0)
+    # There is no normal in the sky, nor where the picture is black.
+    expected = torch.zeros(3, *SIZE)
+    expected[0, :16, :HALF], expected[1, 16:32, :HALF], expected[2, 32:-1, :HALF] = -1, 1, 1
+    torch.testing.assert_close(labels["normals"], expected, atol=0.005, rtol=0)
+    assert not labels["normals"][:, -1].any()
     assert not labels["normals"][:, :, HALF:].any()
-    assert labels["edges"].nonzero()[:, 1].unique().tolist() == [HALF - 1, HALF]
-    assert labels["edges"].sum() == 2 * SIZE[0]
+    # The border is two pixels thick and thinned to one, which also takes its upper end.
+    assert labels["edges"].nonzero().tolist() == [[row, HALF - 1] for row in range(1, SIZE[0])]
+    for task in TASKS:
+        task.check_label(labels[task.name][None], 1, *SIZE)
+
+
+def test_edges_are_those_of_the_authors_reader() -> None:
+    classes = np.full((9, 14), 158)
+    classes[:, 7:], classes[4:, 3:10], classes[6:8, 5:7] = 360, 284, 431
+    # Of cv2.Laplacian (5.0) and skimage.morphology.thin (0.26).
+    expected = """
+        ..............
+        ......#.......
+        ......#.......
+        ......#.......
+        ....#####.....
+        ...#.#...#....
+        ....#....#....
+        ...#.#...#....
+        ..#......#....
+    """
+    drawn = ["".join(".#"[pixel] for pixel in row) for row in borders(classes).astype(int)]
+    assert drawn == expected.split()
+    # Their quirk: where ids rise evenly from side to side the Laplacian is zero.
+    assert not borders(np.tile(np.array([2, 2, 3, 4, 4]), (5, 1)))[:, 2].any()
+
+
+def test_a_label_map_of_floating_point_and_the_rows_of_a_smaller_one_are_read(folder: Path) -> None:
+    file = folder / f"pascal-context/trainval/{FIRST}.mat"
+    before = PascalContextDataset("train", folder)[0]["labels"]
+    stored = scipy.io.loadmat(file)["LabelMap"]
+    scipy.io.savemat(file, {"LabelMap": stored.astype(np.float64)})
+    assert torch.equal(PascalContextDataset("train", folder)[0]["labels"]["edges"], before["edges"])
+    scipy.io.savemat(file, {"LabelMap": stored[::2, ::2]})
+    assert torch.equal(PascalContextDataset("train", folder)[0]["labels"]["normals"], before["normals"])
+
+
+def test_a_copy_in_another_process_reads_the_same(folder: Path) -> None:
+    dataset = PascalContextDataset("train", folder)
+    labels, copied = dataset[0]["labels"], pickle.loads(pickle.dumps(dataset))[0]["labels"]
+    assert labels.keys() == copied.keys()
+    assert all(torch.equal(labels[name], copied[name]) for name in labels)
+
+
+def test_a_part_of_a_later_person_covers_that_of_an_earlier_one(folder: Path) -> None:
+    people = [thing(15, SIZE, {"hair": (0, 8)}), thing(15, SIZE, {"ruleg": (4, 12)})]
+    write_parts(folder / f"human_parts/{FIRST}.mat", people)
+    parts = PascalContextDataset("train", folder)[0]["labels"]["parts"][:, 0]
+    assert parts[:13].tolist() == [1] * 4 + [5] * 8 + [0]
 
 
 def test_splits_are_those_of_the_lists_and_a_frame_without_a_person_has_no_parts(folder: Path) -> None:
@@ -54,9 +113,17 @@ def test_splits_are_those_of_the_lists_and_a_frame_without_a_person_has_no_parts
 
 
 def test_the_tables_hold_what_the_literature_groups() -> None:
-    assert sum(len(group) for group in PARTS.values()) == 24
-    assert len(PARTS) == 6
-    assert len(INDOOR_CLASSES) == len(set(INDOOR_CLASSES.tolist()))
+    # HUMAN_PART[6] of the authors' reader, from left to right: 0 to 6.
+    stored = (
+        "hair1 head1 lear1 lebrow1 leye1 lfoot6 lhand4 llarm4 llleg6 luarm3 luleg5 mouth1 neck2 nose1 rear1 rebrow1 "
+    )
+    stored += "reye1 rfoot6 rhand4 rlarm4 rlleg6 ruarm3 ruleg5 torso2"
+    assert {f"{part}{number}" for part, number in PART_IDS.items()} == set(stored.split())
+    assert PART_CLASSES == ("background", "head", "torso", "upper arm", "lower arm", "upper leg", "lower leg")
+    # The names that both nyu_classes.json and context_classes.json have, but for "unknown", and tvmonitor.
+    assert len(set(INDOOR_CLASSES.tolist())) == len(INDOOR_CLASSES) == 170
+    assert INDOOR_CLASSES.sum() == 37556
+    assert 431 not in INDOOR_CLASSES
     # Wall, floor, person and tvmonitor; not sky, sea or mountain.
     assert {440, 158, 284, 427} <= set(INDOOR_CLASSES.tolist())
     assert not {360, 347, 258} & set(INDOOR_CLASSES.tolist())
@@ -108,7 +175,7 @@ GREY = np.zeros(SIZE, dtype=np.uint8)
             lambda folder: scipy.io.savemat(
                 folder / f"pascal-context/trainval/{FIRST}.mat", {"LabelMap": GREY.astype(np.uint16) + 460}
             ),
-            r"trainval.*up to 460; it must be .*0 to 459",
+            r"trainval.*LabelMap holds class id 460; ids are 0 to 459",
         ),
         (
             lambda folder: write_parts(folder / f"human_parts/{FIRST}.mat", [thing(15, SIZE, {"tail": (0, 4)})]),

@@ -12,7 +12,13 @@ WITHOUT_PERSON = "2008_000003"
 # Drawn from PASCAL-Context, as it has no picture of VOC.
 FROM_CONTEXT = "2008_000003"
 FLOOR, SKY = 158, 360
-CODES = (255, 128, 128)  # Stored x is left.
+# Stored x is left: rows 0 to 15 face left, 16 to 31 up, the others the camera, and of the last row nothing is known.
+CODES = (
+    ((0, 16), (255, 128, 128)),
+    ((16, 32), (128, 255, 128)),
+    ((32, None), (128, 128, 255)),
+    ((-1, None), (0, 0, 0)),
+)
 
 
 def write_pascal_context(folder: Path, size: tuple[int, int] = (48, 64)) -> dict[str, Any]:
@@ -37,15 +43,26 @@ def write_pascal_context(folder: Path, size: tuple[int, int] = (48, 64)) -> dict
             context = np.full(size, SKY, dtype=np.uint16)
             context[:, :half] = FLOOR
             scipy.io.savemat(folder / f"pascal-context/trainval/{frame}.mat", {"LabelMap": context})
-            normals = np.full((height, width, 3), CODES, dtype=np.uint8)
+            normals = np.zeros((height, width, 3), dtype=np.uint8)
+            for (start, stop), code in CODES:
+                normals[start:stop] = code
             Image.fromarray(normals).save(folder / f"normals_distill/{frame}.png")
             salient = np.full(size, 127, dtype=np.uint8)
             salient[:, :half] = 128
             Image.fromarray(salient).save(folder / f"sal_distill/{frame}.png")
-            objects = [thing(2, size, {"leye": (0, 4)})]
+            # As MATLAB writes no parts: an empty matrix of numbers.
+            objects = [
+                thing(2, size, {"leye": (0, 4)}),
+                ("person", 15, np.ones(size, dtype=np.uint8), np.zeros((0, 0))),
+            ]
             if frame != WITHOUT_PERSON:
                 objects.append(thing(15, size, {"head": (4, 8), "lfoot": (8, 12), "torso": (12, 16)}))
             write_parts(folder / f"human_parts/{frame}.mat", objects)
+    # What readers of the literature leave there; the frames are those of Context.
+    (folder / "ImageSets/Parts").mkdir()
+    (folder / "ImageSets/Parts/train.txt").write_text(
+        '{\n\t"2008_000002": [2, 15, 15],\n\t"2008_000003": [2, 15]\n}\n'
+    )
     return {"half": half}
 
 

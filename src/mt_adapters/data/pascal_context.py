@@ -4,29 +4,37 @@
     semseg/VOC12/ID.png                  8-bit ids with a palette, 0 to 20, 255 no label; where there is none,
     semseg/pascal-context/ID.png         the same codes, drawn from the annotations of PASCAL-Context
     human_parts/ID.mat                   anno.objects: class_ind, mask, parts (part_name, mask); 15 is a person
-    pascal-context/trainval/ID.mat       LabelMap (H,W): 459 classes, 0 unknown
+    pascal-context/trainval/ID.mat       LabelMap (H,W): classes 1 to 459, of which 431 is "unknown"; 0 none
     normals_distill/ID.png               8-bit RGB of n * 0.5 + 0.5
     sal_distill/ID.png                   8-bit grey, salient above half
     ImageSets/Context/{train,val}.txt    an ID a line
 
-Splits: "train" is the official train (4,998 frames), "validation" the official val (5,105).
+Splits: "train" is the official train (4,998 frames), "validation" the official val (5,105). Readers write further
+files to ImageSets/Parts (which frames have persons, as JSON); they are not needed here.
 
-Units and rules. Edges are where a pixel of LabelMap differs from one of its four neighbours; the authors thin them to
-one pixel, here an edge is as thick as both sides of the border. Normals and saliency are predictions of other networks
-("distilled"); normals are kept where LabelMap has one of the classes that occur indoors (a table, below). They are
-stored with x left, as those of NYU are (`mt_adapters.data.nyuv2` says why). Human parts are six groups of the 24
-annotated parts; a frame without an annotated person has no such label, as in the literature.
+Units and rules. Edges are 0 or 1 everywhere and those of the authors, pixel by pixel: where the Laplacian of LabelMap
+is not zero, thinned to one pixel; borders of class 431 are edges too. Normals and saliency are predictions of other
+networks ("distilled"); normals are kept where LabelMap has one of the classes that occur indoors (a table, below).
+They are stored with x LEFT, y up, z towards the camera: in the figure of the authors' README (doc/qual.png), in both
+of its rows, red falls across each of four heads from left to right (by 0.4 to 0.9 of n); a seat's top has y = 0.84, a
+ceiling y = -0.17, and what faces the camera z = 0.9. Human parts are six groups of the 24 annotated parts; a frame
+without an annotated person has no such label, as in the literature, which ignores it in training and in scores.
 
 Quirks. Maps of another size than the image's, which the authors' reader resizes, are resized to the nearest pixel if
-they have the image's shape to one pixel, and are errors otherwise.
+they have the image's shape to one pixel, and are errors otherwise. Distilled normals are made unit vectors; what is
+shorter than half, and black, is no label.
 
-Not verified on true files: the codes of semseg/pascal-context (read here, as by all users, like those of VOC12), and
-that normals_distill has the axes of NYU's normals.
+Not verified on true files: the codes of semseg/pascal-context (read here, as by all users, like those of VOC12), the
+number type of LabelMap (any whole numbers are read), and the axes of normals_distill (the figure shows predictions of
+a network trained on it).
 
-Sources: fblib/dataloaders/pascal_context.py, util/db_info/nyu_classes.json and context_classes.json of
-https://github.com/facebookresearch/astmt (Maninis et al., CVPR 2019): layout, part groups, classes, thresholds. Get it
-from there. Licence: photographs from Flickr, under its terms of use (http://host.robots.ox.ac.uk/pascal/VOC/voc2010);
-the labels bear no licence.
+Sources: fblib/dataloaders/pascal_context.py, fblib/evaluation and fblib/util/db_info/{nyu,context}_classes.json of
+https://github.com/facebookresearch/astmt (Maninis et al., CVPR 2019): layout, part groups, classes, thresholds; the
+same in https://github.com/SimonVandenhende/Multi-Task-Learning-PyTorch, https://github.com/brdav/atrc and
+https://github.com/prismformore/Multi-Task-Transformer. Get it from
+https://data.vision.ee.ethz.ch/kmaninis/share/MTL/PASCAL_MT.tgz or, as ATRC and InvPT do,
+https://data.vision.ee.ethz.ch/brdavid/atrc/PASCALContext.tar.gz. Licence: photographs from Flickr, under its terms of
+use (http://host.robots.ox.ac.uk/pascal/VOC/voc2010); no licence of the labels was found.
 """
 
 from __future__ import annotations
@@ -41,9 +49,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mt_adapters.data.arrays import normal_map, read_array
+from mt_adapters.data.arrays import class_codes, normal_map, read_array
 from mt_adapters.data.frames import FolderDataset
-from mt_adapters.data.nyuv2 import NORMAL_AXES
 from mt_adapters.data.pictures import (
     IDS_8_BIT,
     IDS_WITH_PALETTE,
@@ -55,6 +62,7 @@ from mt_adapters.data.pictures import (
     id_table,
     read_picture,
 )
+from mt_adapters.data.thinning import thin
 
 SEMSEG_CLASSES = (
     "background",
@@ -93,6 +101,8 @@ PARTS: dict[str, tuple[str, ...]] = {
 PART_CLASSES = ("background", *PARTS)
 PART_IDS = {part: number for number, group in enumerate(PARTS.values(), start=1) for part in group}
 SALIENT_ABOVE = 127
+# x left, y up, z towards the camera: see above.
+NORMAL_AXES = (-1, 1, 1)
 NUM_CONTEXT_CLASSES = 459
 # The classes of LabelMap that also occur in NYU Depth V2, on which the network for normals was trained, and tvmonitor.
 INDOOR_CLASSES = np.array(
@@ -173,18 +183,19 @@ class PascalContextDataset(FolderDataset):
         path = self.root / "normals_distill" / f"{frame}.png"
         codes = fitted(read_picture(path, NORMALS_8_BIT), size, path)
         vectors = codes / np.float32(127.5) - 1
-        vectors[~np.isin(context, INDOOR_CLASSES)] = 0
+        # Black is what an empty picture holds.
+        vectors[~np.isin(context, INDOOR_CLASSES) | ~codes.any(axis=2)] = 0
         return normal_map(vectors, repr(str(path)), NORMAL_AXES)
 
     def _context_classes(self, frame: str, size: tuple[int, int]) -> np.ndarray:
         path = self.root / "pascal-context" / "trainval" / f"{frame}.mat"
-        classes = read_array(path, "LabelMap")
-        if classes.ndim != 2 or classes.dtype.kind not in "ui" or classes.max(initial=0) > NUM_CONTEXT_CLASSES:
+        classes = class_codes(read_array(path, "LabelMap"), f"{str(path)!r}, LabelMap")
+        wrong = classes[(classes < 0) | (classes > NUM_CONTEXT_CLASSES)]
+        if wrong.size:
             raise BadSampleError(
-                f"{str(path)!r}: LabelMap is {classes.dtype} of shape {classes.shape}, up to "
-                f"{classes.max(initial=0)}; it must be (H,W) class ids of 0 to {NUM_CONTEXT_CLASSES}."
+                f"{str(path)!r}: LabelMap holds class id {wrong[0]}; ids are 0 to {NUM_CONTEXT_CLASSES}."
             )
-        return fitted(classes.astype(np.int64), size, path)
+        return fitted(classes, size, path)
 
     def _parts(self, frame: str, size: tuple[int, int]) -> Tensor | None:
         path = self.root / "human_parts" / f"{frame}.mat"
@@ -228,11 +239,8 @@ def fitted(array: np.ndarray, size: tuple[int, int], path: Path) -> np.ndarray:
 
 
 def borders(classes: np.ndarray) -> np.ndarray:
-    """(H,W) bool: where a pixel differs from one of its four neighbours."""
-    is_border = np.zeros(classes.shape, dtype=bool)
-    down, right = classes[1:] != classes[:-1], classes[:, 1:] != classes[:, :-1]
-    is_border[1:] |= down
-    is_border[:-1] |= down
-    is_border[:, 1:] |= right
-    is_border[:, :-1] |= right
-    return is_border
+    """(H,W) bool: where the Laplacian of the ids (H,W) is not zero, thinned."""
+    # The ids are mirrored at the map's border, as OpenCV does.
+    around = np.pad(classes, 1, mode="reflect")
+    neighbours = around[:-2, 1:-1] + around[2:, 1:-1] + around[1:-1, :-2] + around[1:-1, 2:]
+    return thin(neighbours != 4 * classes)
