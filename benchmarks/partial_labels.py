@@ -109,17 +109,17 @@ def summarize(runs: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
     return summary
 
 
-def table(summary: dict[str, Any], reports: dict[str, dict[str, Any]]) -> str:
+def table(summary: dict[str, Any], counts: dict[str, dict[str, Any]], num_seeds: int) -> str:
     rows = [
         "| training set | frames | labels | mIoU | depth RMSE, m | normals, ° | edges F | gain, % |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for variant, figures in summary.items():
-        report = reports[VARIANTS[variant][0]]
-        num_frames = report["num_frames"]
-        num_labels = sum(round(entry["frames"] * num_frames) for entry in report["labels"].values())
+        num_frames, labels = counts[VARIANTS[variant][0]].values()
+        num_labels = sum(round(share * num_frames) for share in labels.values())
         digits = {"semseg": 3, "depth": 3, "normals": 2, "edges": 3, "gain": 1}
-        cells = [f"{figures['mean'][k]:.{n}f} ± {figures['half_range'][k]:.{n}f}" for k, n in digits.items()]
+        spreads = {k: f" ± {figures['half_range'][k]:.{n}f}" if num_seeds > 1 else "" for k, n in digits.items()}
+        cells = [f"{figures['mean'][k]:.{n}f}{spreads[k]}" for k, n in digits.items()]
         rows.append(f"| {variant} | {num_frames:,} | {num_labels:,} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -162,7 +162,7 @@ def main() -> None:
     }
     target = arguments.json or arguments.output / "study.json"
     target.write_text(json.dumps({"summary": summary, "data": counts, "runs": runs}, indent=1) + "\n")
-    print(table(summary, reports))
+    print(table(summary, counts, len(arguments.seeds)))
 
 
 if __name__ == "__main__":
