@@ -45,7 +45,7 @@ def affinity_step(name: str, model: VtaModel, images: Tensor, labels: dict[str, 
         if interval is None:
             model(images, labels=labels).loss.backward()
         else:
-            step.begin(number)
+            step.begin(number, [labels])
             step.backward(images, labels)
             step.finish()
             step.observe()

@@ -26,7 +26,7 @@ from peft import PeftConfig
 from transformers import AutoConfig, HfArgumentParser
 
 from mt_adapters import VtaImageProcessorPil, VtaModel
-from mt_adapters.data import get_dataset
+from mt_adapters.data import open_sources
 from mt_adapters.hub.card import metrics_table
 from mt_adapters.training.arguments import SECTIONS, parse_arguments
 from mt_adapters.training.evaluation import input_blind_results
@@ -107,8 +107,7 @@ def main() -> None:
             share_decoder=config.share_decoder,
         )
 
-    dataset = get_dataset(data.dataset)
-    train_set, validation_set = dataset("train", data.data_dir), dataset("validation", data.data_dir)
+    train_set, validation_set, _ = open_sources(data.all_sources(), config.tasks)
     side = data.eval_image_size or data.image_size
     baseline = input_blind_results(train_set, validation_set, attached.tasks, side, data.num_workers)
     record = {"report": asdict(report), "argv": sys.argv[1:], "losses": {}, "results": {}}

@@ -194,7 +194,7 @@ def loader(views: TeacherViews, arguments: Arguments, num_samples: int, color_ji
     return DataLoader(
         AugmentedDataset(views, transform, arguments.seed),
         batch_size=arguments.batch_size,
-        sampler=StepSampler(len(views), num_samples, arguments.seed),  # type: ignore[arg-type]
+        sampler=StepSampler([[len(views)]], num_samples, arguments.seed),  # type: ignore[arg-type]
         num_workers=arguments.num_workers,
         generator=torch.Generator().manual_seed(arguments.seed),
     )

@@ -25,6 +25,7 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
@@ -33,7 +34,7 @@ from peft import LoraConfig
 from transformers import AutoConfig
 
 from mt_adapters import VtaAdapterConfig, VtaImageProcessorPil, VtaModel
-from mt_adapters.data import get_dataset
+from mt_adapters.data import Mixture, open_sources
 from mt_adapters.hub.card import metrics_table, parameter_table
 from mt_adapters.hub.push import write_card
 from mt_adapters.hub.record import describe
@@ -47,7 +48,16 @@ DEMO = Path(__file__).parent / "recipes" / "rooms_demo.yaml"
 NUM_PICTURES = 4
 
 
-def build_model(arguments: ModelArguments, classes: tuple[str, ...]) -> VtaModel:
+def with_classes(specs: list, classes: dict[str, tuple[str, ...]]) -> list[dict]:
+    """The tasks' settings; those with classes have as many logits as their data sets have classes."""
+    settings = [{"name": spec} if isinstance(spec, str) else dict(spec) for spec in specs]
+    return [
+        {"num_labels": len(classes[task["name"]])} | task if task["name"] in classes else task for task in settings
+    ]
+
+
+def build_model(arguments: ModelArguments, classes: dict[str, tuple[str, ...]]) -> VtaModel:
+    """`classes`: of each task that has some, from its data sets."""
     if (arguments.backbone is None) == (arguments.backbone_config is None):
         raise ValueError(
             f"backbone is {arguments.backbone!r} and backbone_config {arguments.backbone_config!r}; give one of them: "
@@ -60,20 +70,25 @@ def build_model(arguments: ModelArguments, classes: tuple[str, ...]) -> VtaModel
     }
     return VtaModel.from_backbone(
         arguments.backbone or AutoConfig.for_model(**arguments.backbone_config),
-        tasks=arguments.tasks,
+        tasks=with_classes(arguments.tasks, classes),
         adapter=adapters[arguments.adapter](),
         decoder=arguments.decoder,
         decoder_dim=arguments.decoder_dim,
         share_decoder=arguments.share_decoder,
         train_backbone=arguments.train_backbone,
-        id2label=dict(enumerate(classes)),
+        # The config has room for the names of one task's classes.
+        id2label=dict(enumerate(next(iter(classes.values()), ()))),
     )
 
 
-def without_folders(text: str) -> str:
-    """The same argument with an absolute path cut to its last part: folders of one machine are not published."""
-    option, sign, path = text.rpartition("=")
-    return f"{option}{sign}{Path(path).name}" if Path(path).is_absolute() else text
+def without_folders(value: Any) -> Any:
+    """The same setting with absolute paths cut to their last part: folders of one machine are not published."""
+    if isinstance(value, dict):
+        return {key: without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_folders(item) for item in value]
+    option, sign, path = value.rpartition("=") if isinstance(value, str) else ("", "", "")
+    return f"{option}{sign}{Path(path).name}" if Path(path).is_absolute() else value
 
 
 def run_record(
@@ -81,14 +96,14 @@ def run_record(
     state: LoopState,
     baseline: Results,
     arguments: Arguments,
-    num_images: int,
+    validation_set: Mixture,
     accelerator: Accelerator,
 ) -> dict:
     """What metrics.json holds: the results, and all that is needed to get them again."""
     model_arguments, data, training, multitask = arguments
     best = next(entry for entry in state.history if entry["step"] == state.best_step)
     settings = {
-        name: without_folders(value) if isinstance(value, str) else value
+        name: without_folders(value)
         for name, value in (asdict(model_arguments) | asdict(data) | asdict(training) | asdict(multitask)).items()
         if name not in ("output_dir", "resume")
     }
@@ -97,7 +112,10 @@ def run_record(
         "results": best["results"],
         "input_blind": baseline,
         "mean_gain": best["score"],
-        "evaluation": f"{num_images} validation images of {data.dataset} at {side} x {side} pixels",
+        "evaluation": f"{len(validation_set)} validation images of {' and '.join(validation_set.names)} "
+        f"at {side} x {side} pixels",
+        "datasets": dict(zip(validation_set.names, validation_set.summaries, strict=True)),
+        "bad_samples": {key: state.bad_samples[key] for key in ("num_drawn", "num_bad")},
         # In how many updates each task took part, and how many it missed for want of a usable gradient.
         "affinity_updates": {
             key: dict(zip(model.task_names, state.affinity_history[-1][key], strict=True))
@@ -128,19 +146,19 @@ def main() -> None:
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
     )
     set_seed(training.seed)
-    dataset = get_dataset(data.dataset)
-    train_set, validation_set = dataset("train", data.data_dir), dataset("validation", data.data_dir)
-    model = build_model(model_arguments, dataset.classes)
+    train_set, validation_set, classes = open_sources(data.all_sources(), model_arguments.tasks)
+    model = build_model(model_arguments, classes)
     if accelerator.is_main_process:
         print(parameter_table(model.parameter_report()))
     side = data.eval_image_size or data.image_size
-    baseline = input_blind_results(train_set, validation_set, model.tasks, side, data.num_workers)
+    skip_bad = data.on_bad_sample == "skip"
+    baseline = input_blind_results(train_set, validation_set, model.tasks, side, data.num_workers, skip_bad)
     accelerator.init_trackers("mt_adapters", config={"max_steps": training.max_steps, "seed": training.seed})
 
     state = train(model, train_set, validation_set, data, training, accelerator, baseline, multitask)
 
     if accelerator.is_main_process:
-        record = run_record(model, state, baseline, arguments, len(validation_set), accelerator)
+        record = run_record(model, state, baseline, arguments, validation_set, accelerator)
         model.save_pretrained(output)
         processor = VtaImageProcessorPil(size={"height": side, "width": side}, tasks=model.config.tasks)
         processor.save_pretrained(output)

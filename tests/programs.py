@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import runpy
+import socket
 import sys
 import tempfile
 from multiprocessing.process import BaseProcess
@@ -55,6 +56,26 @@ def start_program(name: str, *arguments: object, log: Path, **environment: str) 
     process = _CONTEXT.Process(target=_run, args=(argv, str(log), environment))
     process.start()
     return process
+
+
+def free_port() -> str:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return str(sock.getsockname()[1])
+
+
+def start_two(folder: Path, name: str | Path, *arguments: object) -> list[BaseProcess]:
+    """Starts a program in two processes that are told of each other as torchrun tells them.
+
+    What each prints goes to process_0.txt and process_1.txt.
+    """
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [
+        start_program(
+            str(name), *arguments, log=folder / f"process_{rank}.txt", RANK=str(rank), LOCAL_RANK=str(rank), **shared
+        )
+        for rank in range(2)
+    ]
 
 
 def run_program(name: str, *arguments: object, exit_status: int = 0) -> str:

@@ -18,7 +18,7 @@ from programs import EXAMPLES, REPOSITORY
 PACKAGE = REPOSITORY / "src/mt_adapters"
 # Modules whose docstrings hold examples. Those of the second table need pretrained weights, so nothing runs them here.
 RUNNABLE = (
-    "mt_adapters.data",
+    "mt_adapters.data.table",
     "mt_adapters.data.rooms",
     "mt_adapters.data.sampling",
     "mt_adapters.data.transforms",

@@ -20,7 +20,7 @@ PACKAGE = SOURCE.name
 # `import mt_adapters` stays quick and works without the extras.
 NOT_AT_IMPORT = {"datasets", "evaluate", "torchmetrics", "matplotlib", "typer"}
 
-# losses < tasks < data < hub < backbones, decoders < models < training < pipelines, visualize < registration
+# losses < tasks < hub < backbones, decoders < models < training < pipelines, visualize < registration
 MODEL_ROOMS = {"losses", "tasks", "hub", "backbones", "decoders", "tuners", "troa", "models"}
 TRAINING_ROOMS = MODEL_ROOMS | {"data", "metrics", "training"}
 LIBRARY_ROOMS = TRAINING_ROOMS | {"pipelines", "visualize"}
@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "troa": set(),
     "tasks": {"losses"},
     # Models publish themselves and read what others published, so what the Hub needs stands below them.
-    "hub": {"tasks", "data", "version"},
+    "hub": {"tasks", "version"},
     "backbones": {"losses", "tasks", "hub"},
     "decoders": {"losses", "tasks"},
     "tuners": {"backbones"},

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from mt_adapters.data import EvalTransform
+from mt_adapters.data import EvalTransform, Mixture
 from mt_adapters.models.vta.modeling_vta import VtaModel
 
 
@@ -34,6 +34,7 @@ def plot_predictions(
     model.eval()
     device = next(model.parameters()).device
     transform = EvalTransform(model.tasks, (image_size, image_size))
+    dataset = Mixture.of(dataset, {task.name: task.kind for task in model.tasks})
     columns = 1 + len(model.tasks)
     figure = Figure(figsize=(1.9 * columns, 3.9 * len(indices)), layout="constrained")
     axes = figure.subplots(2 * len(indices), columns, squeeze=False)

@@ -113,7 +113,7 @@ def test_decoded_normals_have_unit_length(tmp_path: Path) -> None:
         ("depth", encode(np.zeros((HEIGHT, WIDTH), np.uint8)), "must be a 16-bit grey PNG of millimetres"),
         ("semseg", encode(np.zeros((HEIGHT, WIDTH), np.uint16)), "must be an 8-bit grey PNG of class ids"),
         ("semseg", encode(np.zeros((HEIGHT, WIDTH), np.uint8), "JPEG"), "is JPEG .* must be an 8-bit grey PNG"),
-        ("semseg", encode(np.full((HEIGHT, WIDTH), 18, np.uint8)), "holds class id 18; ids go from 0 .void. to 17"),
+        ("semseg", encode(np.full((HEIGHT, WIDTH), 18, np.uint8)), "holds class id 18; ids are 0 to 17"),
         ("normals", encode(np.full((HEIGHT, WIDTH, 3), 255, np.uint8)), "0.73 off unit length"),
         ("normals", encode(np.zeros((HEIGHT, WIDTH), np.uint8)), "must be an 8-bit RGB PNG"),
         ("edges", encode(np.zeros((HEIGHT, WIDTH), np.uint8)), "must be a 1-bit PNG"),
@@ -132,7 +132,7 @@ def test_a_wrong_frame_is_named_with_row_column_and_rule(
 ) -> None:
     dataset = rooms(tmp_path, frame(), frame(**{column: picture}))
     assert dataset[0]["labels"].keys() == {"semseg", "depth", "normals", "edges"}
-    with pytest.raises(ValueError, match=rf"train\.parquet, row 1, column '{column}'.*({rule})"):
+    with pytest.raises(ValueError, match=rf"train\.parquet, row 1\W.*'{column}'.*({rule})"):
         dataset[1]
 
 
@@ -174,7 +174,7 @@ def test_importing_the_data_room_leaves_datasets_alone() -> None:
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("name", ["", ".rooms", ".transforms", ".collate", ".sampling"])
+@pytest.mark.parametrize("name", [".table", ".rooms", ".transforms", ".collate", ".sampling"])
 def test_the_examples_of_the_docstrings_hold(name: str) -> None:
     assert doctest.testmod(importlib.import_module(f"mt_adapters.data{name}")).failed == 0
 

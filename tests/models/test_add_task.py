@@ -37,8 +37,9 @@ def train(model: VtaModel, family: str, task: str, num_steps: int = 3, **setting
     step = MultitaskStep(model, model, Accelerator(), MultitaskArguments(affinity_interval=1, **settings))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
     for number in range(num_steps):
-        step.begin(number)
-        step.backward(make_images(size), {name: labels[name] for name in model.task_names})
+        known = {name: labels[name] for name in model.task_names}
+        step.begin(number, [known])
+        step.backward(make_images(size), known)
         step.finish()
         step.observe()
         optimizer.step()

@@ -62,7 +62,7 @@ def main(folder: Path) -> None:
             labels["depth"][-2:] = 0.0
         if way == "some labels":
             del labels["edges"]
-        step.begin(0)
+        step.begin(0, [labels])
         step.backward(images, labels)
         step.finish()
         step.observe()

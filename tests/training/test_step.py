@@ -38,7 +38,7 @@ def make_step(model: VtaModel, **arguments: Any) -> MultitaskStep:
 
 
 def run_step(step: MultitaskStep, *batches: tuple[Tensor, dict[str, Tensor]], number: int = 0) -> dict[str, Tensor]:
-    step.begin(number)
+    step.begin(number, [labels for _, labels in batches])
     for images, labels in batches:
         losses = step.backward(images, labels)
     step.finish()
@@ -236,7 +236,7 @@ def test_batches_of_one_step_are_dealt_to_the_two_halves():
     parts = [(images[i : i + 2], {name: label[i : i + 2] for name, label in labels.items()}) for i in (0, 2)]
     model = make_training_model("swin")
     step = MultitaskStep(
-        model, model, Accelerator(cpu=True), MultitaskArguments(affinity_interval=1, affinity_similarity="split"), 2
+        model, model, Accelerator(cpu=True), MultitaskArguments(affinity_interval=1, affinity_similarity="split")
     )
     first, second = (naive_gradients(model, *part, None) for part in parts)
     run_step(step, *parts)

@@ -1,46 +1,29 @@
 """Data sets, joint transforms, batches and the order of the samples."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
-
-from torch.utils.data import Dataset
-
 from .collate import MultitaskCollator
+from .frames import FrameDataset
+from .pictures import BadSampleError
+from .prepared import PreparedDataset
 from .rooms import ROOMS_CLASSES, RoomsDataset
 from .sampling import AugmentedDataset, StepSampler
+from .sources import Mixture, Source, open_sources
+from .table import DATASETS, get_dataset
 from .transforms import EvalTransform, TrainTransform
-
-# Each is called with (split, data_dir).
-DATASETS: dict[str, Callable[..., Dataset[dict[str, Any]]]] = {
-    "rooms": RoomsDataset,
-}
-
-
-def get_dataset(name: str) -> Callable[..., Dataset[dict[str, Any]]]:
-    """The data set class of that name.
-
-    Raises:
-        ValueError: unknown name.
-
-    Example:
-        >>> len(get_dataset("rooms")("validation"))
-        56
-    """
-    if name not in DATASETS:
-        raise ValueError(f"Unknown data set {name!r}; known are: {', '.join(DATASETS)}.")
-    return DATASETS[name]
-
 
 __all__ = [
     "DATASETS",
     "ROOMS_CLASSES",
     "AugmentedDataset",
+    "BadSampleError",
     "EvalTransform",
+    "FrameDataset",
+    "Mixture",
     "MultitaskCollator",
+    "PreparedDataset",
     "RoomsDataset",
+    "Source",
     "StepSampler",
     "TrainTransform",
     "get_dataset",
+    "open_sources",
 ]

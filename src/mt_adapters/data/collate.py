@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from mt_adapters.tasks import Task
 
@@ -15,7 +15,8 @@ class MultitaskCollator:
     """Stacks samples; where one lacks the label of a task, it gets "no label" at every pixel.
 
     Called with samples `{"pixel_values": (3, h, w), "labels": {task name: (..., h, w)}}` it returns
-    `{"pixel_values": (B, 3, h, w), "labels": {task name: (B, ..., h, w)}}`. Labels of other tasks are left out.
+    `{"pixel_values": (B, 3, h, w), "labels": {task name: (B, ..., h, w)}, "problems": [...]}`. Labels of other tasks
+    are left out; "problems" are the samples' own ("problem"), of frames that were skipped.
 
     Args:
         tasks: the tasks of the batch, all of which it will have.
@@ -32,8 +33,12 @@ class MultitaskCollator:
         if len(sizes) != 1:
             raise ValueError(f"A batch needs images of one size, got {sorted(sizes)}; resize them in the transform.")
         return {
-            "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
-            "labels": {task.name: torch.stack([_label(sample, task) for sample in samples]) for task in self.tasks},
+            # In a worker process default_collate stacks into the memory that it shares with the main process.
+            "pixel_values": default_collate([sample["pixel_values"] for sample in samples]),
+            "labels": {
+                task.name: default_collate([_label(sample, task) for sample in samples]) for task in self.tasks
+            },
+            "problems": [sample["problem"] for sample in samples if "problem" in sample],
         }
 
 

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import glob
-import io
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import Dataset
+
+from mt_adapters.data.frames import SPLITS, FrameDataset
+from mt_adapters.data.pictures import (
+    IDS_8_BIT,
+    NORMALS_8_BIT,
+    RGB,
+    BadSampleError,
+    PictureRule,
+    StoredLabel,
+    class_ids,
+    decode_picture,
+    grey_16_bit,
+    id_table,
+    metres,
+    unit_vectors,
+)
 
 ROOMS_CLASSES: tuple[str, ...] = (
     "void",
@@ -33,26 +47,20 @@ ROOMS_CLASSES: tuple[str, ...] = (
     "rug",
     "objects",
 )
-SPLITS = ("train", "validation")
 SAMPLE_DIR = Path(__file__).parent / "sample"
 
 VOID_ID = 0
-SEMSEG_NO_LABEL = 255
-MILLIMETRES_PER_METRE = 1000
-# Rounding to 8 bits moves the length of a unit vector by less than 0.01; more than this is another encoding.
-NORMALS_LENGTH_TOLERANCE = 0.1
-
-# Per column: Pillow's mode, which alone tells 8 bits from 16 (datasets would convert silently), and the rule in words.
-COLUMNS: dict[str, tuple[str, str]] = {
-    "image": ("RGB", "an 8-bit RGB image"),
-    "semseg": ("L", "an 8-bit grey PNG of class ids"),
-    "depth": ("I;16", "a 16-bit grey PNG of millimetres"),
-    "normals": ("RGB", "an 8-bit RGB PNG of n * 0.5 + 0.5"),
-    "edges": ("1", "a 1-bit PNG"),
+IDS = id_table({code: code for code in range(1, len(ROOMS_CLASSES))}, no_label=[VOID_ID])
+COLUMNS: dict[str, PictureRule] = {
+    "image": RGB,
+    "semseg": IDS_8_BIT,
+    "depth": grey_16_bit("millimetres"),
+    "normals": NORMALS_8_BIT,
+    "edges": PictureRule(("1",), "a 1-bit PNG"),
 }
 
 
-class RoomsDataset(Dataset[dict[str, Any]]):
+class RoomsDataset(FrameDataset):
     """Frames of rendered rooms with semantic segmentation, depth, surface normals and edges.
 
     `dataset[i]` is `{"image": uint8 (3, H, W), "labels": {...}}` with the labels
@@ -68,8 +76,8 @@ class RoomsDataset(Dataset[dict[str, Any]]):
             ships. Reading needs the `datasets` package (`pip install "mt-adapters[train]"`), but no network.
 
     Raises:
-        ValueError: unknown split, missing file or column; from `dataset[i]`, a frame that is damaged or stored in
-            another encoding, with its row and column.
+        ValueError: unknown split, missing file or column; from `dataset[i]` (a `BadSampleError`), a frame that is
+            damaged or stored in another encoding, with its row and column.
 
     Example:
         >>> dataset = RoomsDataset("validation")
@@ -77,9 +85,14 @@ class RoomsDataset(Dataset[dict[str, Any]]):
         torch.Size([128, 128])
     """
 
-    classes: ClassVar[tuple[str, ...]] = ROOMS_CLASSES
-    # For the cards of models that were trained on it.
-    summary: ClassVar[str] = (
+    labels: Mapping[str, tuple[str, ...] | None] = {
+        "semseg": ROOMS_CLASSES,
+        "depth": None,
+        "normals": None,
+        "edges": None,
+    }
+    set_name = "rooms"
+    summary = (
         "rooms: path-traced furnished interiors; the package ships a sample of them. Frames CC-BY 4.0, the "
         "furniture models in them CC-BY 3.0 and CC0 (credits in the package's NOTICE)"
     )
@@ -100,20 +113,38 @@ class RoomsDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._table)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self._table[index]
-        try:
-            arrays = {column: _decode(column, row[column]) for column in COLUMNS}
-            _check_same_size(arrays)
-            labels = {
-                "semseg": _semseg_label(arrays["semseg"]),
-                "depth": _depth_label(arrays["depth"]),
-                "normals": _normals_label(arrays["normals"]),
-                "edges": torch.from_numpy(arrays["edges"].astype(np.float32)),
-            }
-        except ValueError as error:
-            raise ValueError(f"{self.path.name}, row {index}, {error}") from error
-        return {"image": torch.from_numpy(arrays["image"]).permute(2, 0, 1).contiguous(), "labels": labels}
+    def name(self, index: int) -> str:
+        return f"{self.path.name}, row {index}"
+
+    def _frame(self, index: int) -> tuple[int, dict[str, Any]]:
+        return index, self._table[index]
+
+    def _image(self, frame: tuple[int, dict[str, Any]]) -> np.ndarray:
+        return self._decode(frame, "image")
+
+    def _image_bytes(self, frame: tuple[int, dict[str, Any]]) -> bytes:
+        return frame[1]["image"]["bytes"]
+
+    def _label(self, frame: tuple[int, dict[str, Any]], label: str) -> StoredLabel:
+        codes, name = self._decode(frame, label), self._column(frame, label)
+        if label == "semseg":
+            return StoredLabel(codes, partial(class_ids, table=IDS, name=name))
+        if label == "depth":
+            return StoredLabel(codes, partial(metres, metres_per_code=self.depth_unit))
+        if label == "normals":
+            return StoredLabel(codes, partial(unit_vectors, name=name))
+        return StoredLabel(codes, lambda part: torch.from_numpy(part.astype(np.float32)))
+
+    def _column(self, frame: tuple[int, dict[str, Any]], column: str) -> str:
+        return f"{self.name(frame[0])}, column {column!r}"
+
+    def _decode(self, frame: tuple[int, dict[str, Any]], column: str) -> np.ndarray:
+        rule, cell = COLUMNS[column], frame[1][column]
+        if cell is None or cell["bytes"] is None:
+            raise BadSampleError(
+                f"{self._column(frame, column)}: holds no picture; it must be {rule.words}, stored in the file itself."
+            )
+        return decode_picture(cell["bytes"], rule, self._column(frame, column))
 
 
 def _open_table(path: Path) -> Any:
@@ -132,61 +163,3 @@ def _open_table(path: Path) -> Any:
     for column in COLUMNS:
         table = table.cast_column(column, datasets.Image(decode=False))
     return table
-
-
-def _decode(column: str, cell: dict[str, Any] | None) -> np.ndarray:
-    """The stored picture as an array (H, W) or (H, W, 3)."""
-    mode, rule = COLUMNS[column]
-    if cell is None or cell["bytes"] is None:
-        raise ValueError(f"column {column!r}: holds no picture; it must be {rule}, stored in the file itself.")
-    try:
-        with Image.open(io.BytesIO(cell["bytes"])) as picture:
-            stored = (picture.format, picture.mode)
-            array = np.array(picture)
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow reports broken PNG chunks as the last two.
-        raise ValueError(f"column {column!r}: the picture is damaged ({error}); write the file anew.") from error
-    lossy_label = column != "image" and stored[0] != "PNG"
-    if stored[1] != mode or lossy_label:
-        raise ValueError(f"column {column!r}: is {stored[0]} of Pillow mode {stored[1]!r}, but must be {rule}.")
-    return array
-
-
-def _check_same_size(arrays: dict[str, np.ndarray]) -> None:
-    height_width = arrays["image"].shape[:2]
-    for column, array in arrays.items():
-        if array.shape[:2] != height_width:
-            raise ValueError(
-                f"column {column!r}: is {array.shape[0]} x {array.shape[1]} pixels, but the image is "
-                f"{height_width[0]} x {height_width[1]}; all labels must have the image's size."
-            )
-
-
-def _semseg_label(ids: np.ndarray) -> Tensor:
-    if ids.max() >= len(ROOMS_CLASSES):
-        raise ValueError(
-            f"column 'semseg': holds class id {ids.max()}; ids go from 0 (void) to {len(ROOMS_CLASSES) - 1}."
-        )
-    label = ids.astype(np.int64)
-    label[label == VOID_ID] = SEMSEG_NO_LABEL
-    return torch.from_numpy(label)
-
-
-def _depth_label(millimetres: np.ndarray) -> Tensor:
-    return torch.from_numpy(millimetres.astype(np.float32) / MILLIMETRES_PER_METRE)
-
-
-def _normals_label(codes: np.ndarray) -> Tensor:
-    """Codes uint8 (H, W, 3) to unit vectors (3, H, W)."""
-    # The zero vector has no exact code: 127.5 is rounded down or up. Black is what an empty picture holds.
-    codes = np.ascontiguousarray(codes.transpose(2, 0, 1))
-    no_label = ((codes == 127) | (codes == 128)).all(axis=0) | (codes == 0).all(axis=0)
-    vectors = codes.astype(np.float32) * (2 / 255) - 1
-    lengths = np.sqrt((vectors * vectors).sum(axis=0))
-    lengths[no_label] = 1
-    worst = np.abs(lengths - 1).max()
-    if worst > NORMALS_LENGTH_TOLERANCE:
-        raise ValueError(
-            f"column 'normals': vectors are up to {worst:.2f} off unit length; they must be {COLUMNS['normals'][1]}, "
-            "with |n| = 1 and (128, 128, 128) where there is no label."
-        )
-    return torch.from_numpy(np.where(no_label, np.float32(0), vectors / lengths))

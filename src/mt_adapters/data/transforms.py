@@ -10,15 +10,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance
+from PIL import Image
 from torch import Tensor
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from mt_adapters.data.pictures import StoredLabel
 from mt_adapters.tasks import Task
 
 # How far a crop may be stretched on its way to the target's shape, as width over height.
 STRETCH = (3 / 4, 4 / 3)
-NUM_HUES = 256
+# Luma of red, green and blue, and the NTSC colour space YIQ (FCC, 1953; Y, I, Q in rows).
+GREY = np.array([0.299, 0.587, 0.114])
+RGB_TO_YIQ = np.array([GREY, [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 
 
 class Box(NamedTuple):
@@ -34,8 +37,8 @@ class EvalTransform:
     """Resizes the whole image and its labels, and normalises the image.
 
     Called with a sample `{"image": uint8 (3, H, W), "labels": {...}}` it returns
-    `{"pixel_values": float32 (3, h, w), "labels": {task name: (..., h, w)}}`. A task reads the label of its own name
-    or, where the sample has none, that of its kind; a task without either is absent from the result.
+    `{"pixel_values": float32 (3, h, w), "labels": {task name: (..., h, w)}}`. A task whose label the sample lacks is
+    absent from the result.
 
     Args:
         tasks: the tasks whose labels are wanted.
@@ -64,37 +67,43 @@ class EvalTransform:
         """`rng` has no effect; it lets both transforms be called alike."""
         height, width = sample["image"].shape[-2:]
         image, labels = self._resize(sample, Box(0, 0, width, height))
-        return {"pixel_values": self._normalize(image), "labels": labels}
+        pixels = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)).astype(np.float32) / 255
+        return {"pixel_values": torch.from_numpy((pixels - self.image_mean) / self.image_std), "labels": labels}
 
-    def _resize(self, sample: Mapping[str, Any], box: Box) -> tuple[Image.Image, dict[str, Tensor]]:
+    def _resize(
+        self, sample: Mapping[str, Any], box: Box, mirrored: bool = False
+    ) -> tuple[Image.Image, dict[str, Tensor]]:
         """The box of the image, bilinear and antialiased, and of the labels, nearest."""
         height, width = self.size
         source_height, source_width = sample["image"].shape[-2:]
         picture = Image.fromarray(sample["image"].permute(1, 2, 0).numpy())
         picture = picture.resize((width, height), Image.Resampling.BILINEAR, box=box)
+        if mirrored:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
         # One grid for all labels: they show the same source pixels, also where rounding could go either way.
         rows = nearest_indices(box.top, box.bottom, height, source_height)
         columns = nearest_indices(box.left, box.right, width, source_width)
+        columns = columns[::-1] if mirrored else columns
         labels = {}
         for task in self.tasks:
-            column = task.name if task.name in sample["labels"] else task.kind
-            if column not in sample["labels"]:
+            if task.name not in sample["labels"]:
                 continue
-            label = sample["labels"][column]
-            if label.shape[-2:] != (source_height, source_width):
+            label = sample["labels"][task.name]
+            label_size = label.size if isinstance(label, StoredLabel) else tuple(label.shape[-2:])
+            if label_size != (source_height, source_width):
                 raise ValueError(
-                    f"The label {column!r} is {tuple(label.shape)}, but the image is {source_height} x {source_width}"
-                    "; labels must have the image's height and width."
+                    f"The label {task.name!r} is {label_size}, but the image is {source_height} x "
+                    f"{source_width}; labels must have the image's height and width."
                 )
             # Ours: depth keeps its metres and normals their directions. A zoom narrows the field of view, it does not
             # bring the scene nearer.
-            labels[task.name] = torch.from_numpy(label.numpy().take(rows, axis=-2).take(columns, axis=-1))
+            if isinstance(label, StoredLabel):
+                value = label.decode(label.codes.take(rows, axis=0).take(columns, axis=1))
+            else:
+                value = torch.from_numpy(label.numpy().take(rows, axis=-2).take(columns, axis=-1))
+            labels[task.name] = task.mirror_values(value) if mirrored else value
         return picture, labels
-
-    def _normalize(self, picture: Image.Image) -> Tensor:
-        pixels = np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1)).astype(np.float32) / 255
-        return torch.from_numpy((pixels - self.image_mean) / self.image_std)
 
 
 class TrainTransform(EvalTransform):
@@ -148,11 +157,11 @@ class TrainTransform(EvalTransform):
                 "TrainTransform needs a random generator: call transform(sample, np.random.default_rng(0))."
             )
         height, width = sample["image"].shape[-2:]
-        picture, labels = self._resize(sample, self._random_box(height, width, rng))
-        if self.flip and rng.random() < 0.5:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            labels = {task.name: task.flip(labels[task.name]) for task in self.tasks if task.name in labels}
-        return {"pixel_values": self._normalize(self._jitter_colors(picture, rng)), "labels": labels}
+        box = self._random_box(height, width, rng)
+        picture, labels = self._resize(sample, box, mirrored=self.flip and rng.random() < 0.5)
+        # All four are drawn, whatever is switched off: the crops to come do not depend on the colour settings.
+        change = rng.uniform(-1, 1, size=4) * self.color_jitter
+        return {"pixel_values": self._jitter_and_normalize(picture, change), "labels": labels}
 
     def _random_box(self, height: int, width: int, rng: np.random.Generator) -> Box:
         share = rng.uniform(*self.scale)
@@ -167,20 +176,31 @@ class TrainTransform(EvalTransform):
         top = rng.uniform(0, height - crop_height)
         return Box(left, top, min(left + crop_width, width), min(top + crop_height, height))
 
-    def _jitter_colors(self, picture: Image.Image, rng: np.random.Generator) -> Image.Image:
-        # All four are drawn, whatever is switched off: the crops to come do not depend on the colour settings.
-        change = rng.uniform(-1, 1, size=4) * self.color_jitter
-        for enhance, amount in zip(
-            (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), change, strict=False
-        ):
-            if amount:
-                picture = enhance(picture).enhance(1 + amount)
-        shift = round(float(change[3]) * NUM_HUES)
-        if shift:
-            hue, saturation, value = picture.convert("HSV").split()
-            hue = hue.point([(code + shift) % NUM_HUES for code in range(NUM_HUES)])
-            picture = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
-        return picture
+    def _jitter_and_normalize(self, picture: Image.Image, change: np.ndarray) -> Tensor:
+        """(3,h,w) float32; `change` are those of brightness, contrast and saturation, and the shift of the hue."""
+        width, height = picture.size
+        # One column per pixel: what follows is one small matrix product over all of them.
+        pixels = np.asarray(picture).reshape(-1, 3).astype(np.float32).T
+        brightness, contrast, saturation = 1 + change[:3]
+        saturate = saturation * np.eye(3) + (1 - saturation) * np.outer(np.ones(3), GREY)
+        matrix = hue_rotation(2 * np.pi * change[3]) @ saturate * contrast * brightness
+        offset = (1 - contrast) * brightness * (GREY.astype(np.float32) @ pixels).mean()
+        mean, std = self.image_mean.reshape(3, 1) * 255, self.image_std.reshape(3, 1) * 255
+        values = (matrix / std).astype(np.float32) @ pixels
+        values += ((offset - mean) / std).astype(np.float32)
+        # Clipped as colours from 0 to 255, after the normalisation that went into the matrix.
+        np.clip(values, (-mean / std).astype(np.float32), ((255 - mean) / std).astype(np.float32), out=values)
+        return torch.from_numpy(values.reshape(3, height, width))
+
+
+def hue_rotation(angle: float) -> np.ndarray:
+    """The matrix (3,3) on RGB that turns colours about the grey axis and keeps their luma, by an angle in radians.
+
+    It turns the plane of chrominance of the YIQ space, and so stands for a shift of the hue by that angle.
+    """
+    turn = np.eye(3)
+    turn[1:, 1:] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    return np.linalg.inv(RGB_TO_YIQ) @ turn @ RGB_TO_YIQ
 
 
 def nearest_indices(start: float, stop: float, num_target: int, num_source: int) -> np.ndarray:

@@ -11,7 +11,6 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from mt_adapters.data import DATASETS
 from mt_adapters.hub.shipped import is_shipped
 from mt_adapters.tasks import get_tasks
 
@@ -134,12 +133,11 @@ def card_data(record: Mapping[str, Any], repo_id: str | None, is_adapter: bool, 
 
 def eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
     """The record's results as entries of the model index; what is not a number (no label in the set) is left out."""
-    arguments = record.get("arguments", {})
     return [
         EvalResult(
             task_type=HUB_TASKS.get(kind, "image-to-image"),
             task_name=task,
-            dataset_type=arguments["dataset"],
+            dataset_type=" and ".join(record["datasets"]),
             dataset_name=record["evaluation"],
             # Entries of one task type on one data set would be merged into one.
             dataset_config=task,
@@ -225,9 +223,7 @@ def training(record: Mapping[str, Any]) -> str:
     versions = f"Versions: {', '.join(f'{name} {number}' for name, number in record['versions'].items())}."
     if "command" not in record:
         return f"## Training\n\nNo record of the training was kept with these weights. {versions}"
-    arguments = record["arguments"]
-    dataset = DATASETS.get(arguments["dataset"])
-    data = getattr(dataset, "summary", arguments["dataset"])
+    arguments, data = record["arguments"], "; and ".join(record["datasets"].values())
     return (
         f"## Training\n\n{record['steps']} steps in {record['seconds'] / 60:.1f} minutes on {record['device']}; "
         f"the best evaluation was after step {record['best_step']}.\n\n```\n{record['command']}\n```\n\n"

@@ -87,7 +87,11 @@ class Task(ABC):
 
     def flip(self, label: Tensor) -> Tensor:
         """The label of the image mirrored left to right."""
-        return label.flip(-1)
+        return self.mirror_values(label.flip(-1))
+
+    def mirror_values(self, label: Tensor) -> Tensor:
+        """What remains to be done with a label whose columns stand in the order of the mirrored image."""
+        return label
 
     def check_label(self, label: Tensor, batch_size: int, height: int, width: int) -> None:
         """

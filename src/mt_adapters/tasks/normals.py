@@ -26,9 +26,9 @@ class NormalsTask(Task):
     def label_shape(self, batch_size: int, height: int, width: int) -> tuple[int, ...]:
         return (batch_size, 3, height, width)
 
-    def flip(self, label: Tensor) -> Tensor:
-        """Mirrors the map and, because x points right, the sign of x."""
-        return label.flip(-1) * label.new_tensor([-1.0, 1.0, 1.0]).view(3, 1, 1)
+    def mirror_values(self, label: Tensor) -> Tensor:
+        """Turns the sign of x, which points right."""
+        return label * label.new_tensor([-1.0, 1.0, 1.0]).view(3, 1, 1)
 
     def loss(self, logits_BKHW: Tensor, label: Tensor) -> Tensor:
         return cosine_distance(logits_BKHW, label)

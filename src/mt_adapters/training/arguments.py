@@ -11,6 +11,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
+from mt_adapters.data import Source
 from mt_adapters.training.balancing import get_balancing
 from mt_adapters.troa import Similarity, Troa, Weighting
 
@@ -50,6 +51,22 @@ class DataArguments:
 
     dataset: str = field(default="rooms", metadata={"help": "Name of the data set."})
     data_dir: str | None = field(default=None, metadata={"help": "Its folder; default: the sample that is shipped."})
+    dataset_options: dict = field(
+        default_factory=dict, metadata={"help": "Further settings of the data set (recipes only)."}
+    )
+    sources: list[dict] = field(
+        default_factory=list,
+        metadata={
+            "help": "Several data sets at once, in place of the three above: dicts with dataset, data_dir, weight, "
+            "labels, options, evaluate (recipes only)."
+        },
+    )
+    on_bad_sample: Literal["error", "skip"] = field(
+        default="error", metadata={"help": "Stop at a frame that is damaged, or go on without its labels."}
+    )
+    max_bad_share: float = field(
+        default=0.01, metadata={"help": "Stop where more than this share of the frames drawn were skipped."}
+    )
     image_size: int = field(default=128, metadata={"help": "Side of the training crops in pixels."})
     eval_image_size: int | None = field(default=None, metadata={"help": "Side in evaluation; default: image_size."})
     crop_scale: list[float] = field(
@@ -64,6 +81,16 @@ class DataArguments:
         for name, length in (("crop_scale", 2), ("color_jitter", 4)):
             if len(getattr(self, name)) != length:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {length} numbers")
+        self.all_sources()
+
+    def all_sources(self) -> list[Source]:
+        """
+        Raises:
+            ValueError: for an unknown data set, or a source with an unknown key.
+        """
+        if self.sources:
+            return [Source.from_dict(source) for source in self.sources]
+        return [Source(self.dataset, self.data_dir, options=self.dataset_options)]
 
 
 @dataclass

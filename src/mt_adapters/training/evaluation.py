@@ -13,22 +13,34 @@ from accelerate.utils import tqdm
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mt_adapters.data import AugmentedDataset, EvalTransform, MultitaskCollator
+from mt_adapters.data import AugmentedDataset, EvalTransform, Mixture, MultitaskCollator
 from mt_adapters.metrics import METRICS, delta_m, get_metric
 from mt_adapters.models.vta.modeling_vta import VtaModel
 from mt_adapters.tasks import Task
 
 Results = dict[str, dict[str, float]]
 
+# Of the training set, whose millions of frames would say no more about its mean.
+BASELINE_FRAMES = 5000
+
 
 def eval_loader(
-    dataset: Dataset, tasks: Sequence[Task], image_size: int, batch_size: int, num_workers: int = 0
+    dataset: Dataset,
+    tasks: Sequence[Task],
+    image_size: int,
+    batch_size: int,
+    num_workers: int = 0,
+    skip_bad: bool = False,
+    num_frames: int | None = None,
 ) -> DataLoader:
-    """Batches of the whole data set in its own order."""
+    """Batches of the whole data set in its own order, or of `num_frames` spread evenly over it."""
+    mixture = Mixture.of(dataset, {task.name: task.kind for task in tasks})
+    total = len(mixture)
+    num_frames = total if num_frames is None else min(num_frames, total)
     return DataLoader(
-        AugmentedDataset(dataset, EvalTransform(tasks, (image_size, image_size))),
+        AugmentedDataset(mixture, EvalTransform(tasks, (image_size, image_size)), skip_bad=skip_bad),
         batch_size=batch_size,
-        sampler=[(0, index) for index in range(len(dataset))],  # type: ignore[arg-type]
+        sampler=[(0, number * total // num_frames) for number in range(num_frames)],
         collate_fn=MultitaskCollator(tasks),
         num_workers=num_workers,
     )
@@ -94,12 +106,18 @@ class InputBlind:
 
 
 def input_blind_results(
-    train: Dataset, validation: Dataset, tasks: Sequence[Task], image_size: int, num_workers: int = 0
+    train: Dataset,
+    validation: Dataset,
+    tasks: Sequence[Task],
+    image_size: int,
+    num_workers: int = 0,
+    skip_bad: bool = False,
 ) -> Results:
+    """Results on the validation set of what at most `BASELINE_FRAMES` training frames, spread evenly, are like."""
     predictor = InputBlind(tasks)
-    for batch in eval_loader(train, tasks, image_size, batch_size=16, num_workers=num_workers):
+    for batch in eval_loader(train, tasks, image_size, 16, num_workers, skip_bad, BASELINE_FRAMES):
         predictor.add(batch["labels"])
-    return predictor.evaluate(eval_loader(validation, tasks, image_size, batch_size=16, num_workers=num_workers))
+    return predictor.evaluate(eval_loader(validation, tasks, image_size, 16, num_workers, skip_bad))
 
 
 def mean_gain(results: Results, baseline: Results, tasks: Sequence[Task]) -> float:

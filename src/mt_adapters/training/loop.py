@@ -7,7 +7,8 @@ killed and resumed ends with the same weights as one that was not.
 import math
 import shutil
 import time
-from itertools import product
+from contextlib import nullcontext
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
-from mt_adapters.data import AugmentedDataset, MultitaskCollator, StepSampler, TrainTransform
+from mt_adapters.data import AugmentedDataset, Mixture, MultitaskCollator, StepSampler, TrainTransform
 from mt_adapters.models.vta.modeling_vta import VtaModel
 from mt_adapters.models.vta.parameters import adapter_parameter_names
 from mt_adapters.training.arguments import DataArguments, MultitaskArguments, TrainingArguments
+from mt_adapters.training.bad_samples import BadSamples
 from mt_adapters.training.evaluation import Results, eval_loader, evaluate, mean_gain
 from mt_adapters.training.loop_state import (
     BEST_FILE,
@@ -65,7 +67,7 @@ def parameter_groups(model: VtaModel, training: TrainingArguments) -> list[dict[
 
 
 def train_loader(
-    dataset: Dataset, model: VtaModel, data: DataArguments, training: TrainingArguments, num_samples: int
+    mixture: Mixture, model: VtaModel, data: DataArguments, training: TrainingArguments, num_samples: int
 ) -> DataLoader:
     transform = TrainTransform(
         model.tasks,
@@ -74,9 +76,9 @@ def train_loader(
         color_jitter=tuple(data.color_jitter),  # type: ignore[arg-type]
     )
     return DataLoader(
-        AugmentedDataset(dataset, transform, training.seed),
+        AugmentedDataset(mixture, transform, training.seed, skip_bad=data.on_bad_sample == "skip"),
         batch_size=training.batch_size,
-        sampler=StepSampler(len(dataset), num_samples, training.seed),  # type: ignore[arg-type]
+        sampler=StepSampler(mixture.shard_lengths, num_samples, training.seed, mixture.weights),
         collate_fn=MultitaskCollator(model.tasks),
         num_workers=data.num_workers,
         drop_last=True,
@@ -113,13 +115,16 @@ def train(
     accelerator.wait_for_everyone()
     checkpoints.mkdir(parents=True, exist_ok=True)
     num_samples = steps * accumulation * training.batch_size * accelerator.num_processes
-    loader = train_loader(train_set, model, data, training, num_samples)
+    mixture = Mixture.of(train_set, {task.name: task.kind for task in model.tasks})
+    loader = train_loader(mixture, model, data, training, num_samples)
     side = data.eval_image_size or data.image_size
-    validation = eval_loader(validation_set, model.tasks, side, training.batch_size, data.num_workers)
+    validation = eval_loader(
+        validation_set, model.tasks, side, training.batch_size, data.num_workers, data.on_bad_sample == "skip"
+    )
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     wrapped = accelerator.prepare_model(model)
-    step = MultitaskStep(model, wrapped, accelerator, multitask, accumulation)
+    step = MultitaskStep(model, wrapped, accelerator, multitask)
     if training.batch_size * accumulation < step.num_parts:
         raise ValueError(
             f"affinity_similarity={multitask.affinity_similarity} compares two halves of what goes into a step, but a "
@@ -139,6 +144,7 @@ def train(
     if training.resume and load_checkpoint(accelerator, checkpoints):
         logger.warning("resuming after step %d", state.step)
         loader = accelerator.skip_first_batches(loader, state.step * accumulation)
+    bad_samples = BadSamples(state.bad_samples, data.max_bad_share, len(mixture))
     if state.step == steps:
         load_best(model, checkpoints)
         return state
@@ -146,21 +152,20 @@ def train(
     model.train()
     progress = tqdm(total=steps, initial=state.step, desc="train")
     started = time.perf_counter() - state.seconds
-    for number, batch in enumerate(loader):
-        if number % accumulation == 0:
-            step.begin(state.step)
-        with accelerator.accumulate(wrapped):
-            losses = finite_or_error(step.backward(batch["pixel_values"], batch["labels"]), state.step)
-            if accelerator.sync_gradients:
-                step.finish()
-                accelerator.clip_grad_norm_(
-                    [parameter for parameter in model.parameters() if parameter.requires_grad], training.max_grad_norm
-                )
-                step.observe()
-            optimizer.step()
-            optimizer.zero_grad()
-        if not accelerator.sync_gradients:
-            continue
+    batches_of_loader = iter(loader)
+    while batches := list(islice(batches_of_loader, accumulation)):
+        bad_samples.add(batches, accelerator)
+        step.begin(state.step, [batch["labels"] for batch in batches])
+        for number, batch in enumerate(batches):
+            with nullcontext() if number + 1 == accumulation else accelerator.no_sync(wrapped):
+                losses = finite_or_error(step.backward(batch["pixel_values"], batch["labels"]), state.step)
+        step.finish()
+        accelerator.clip_grad_norm_(
+            [parameter for parameter in model.parameters() if parameter.requires_grad], training.max_grad_norm
+        )
+        step.observe()
+        optimizer.step()
+        optimizer.zero_grad()
         scheduler.step()
         state.step += 1
         progress.update()
@@ -180,6 +185,7 @@ def train(
             )
         if done or (training.eval_steps and state.step % training.eval_steps == 0):
             results = evaluate(model, validation, accelerator)
+            bad_samples.check()
             record(state, results, mean_gain(results, baseline, model.tasks))
             accelerator.log(
                 {f"eval/{task}/{k}": v for task, metrics in results.items() for k, v in metrics.items()},

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from mt_adapters.training.bad_samples import no_bad_samples
+
 LAST = "last"
 BEST_FILE = "best.safetensors"
 WEIGHTS_FILE = "trained.safetensors"
@@ -29,6 +31,7 @@ class LoopState:
         best_step, best_score: the best evaluation so far (score: mean gain in percent, higher is better).
         history: results of all evaluations, {"step", "score", "results"}.
         affinity_history: {"step", "affinity" [source][target], "num_updates", "num_skipped" per task} on the way.
+        bad_samples: how many frames were drawn and how many of them skipped, and why.
         seconds: time spent in training steps and evaluations, over all runs.
     """
 
@@ -37,6 +40,7 @@ class LoopState:
     best_score: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     affinity_history: list[dict[str, Any]] = field(default_factory=list)
+    bad_samples: dict[str, Any] = field(default_factory=no_bad_samples)
     seconds: float = 0.0
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 After the fan-out the graphs of the tasks have nothing in common. Each task runs forward and backward by itself and is
 forgotten before the next one starts: one backward pass in all, the memory of one task, and T gradients on the way.
 
-Shape suffixes: T tasks, P parameters, H parts of the batch (1 or 2 halves), B images, N positions, K channels.
+Shape suffixes: A batches of a step, T tasks, P parameters, H parts of a batch (1 or 2 halves), B images, N positions,
+K channels.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -60,7 +61,6 @@ class MultitaskStep:
 
     Args:
         wrapped: what Accelerate made of the model.
-        num_passes: calls of `backward` per optimiser step.
 
     Raises:
         ValueError: if a setting of `arguments` is unknown or not allowed.
@@ -72,14 +72,12 @@ class MultitaskStep:
         wrapped: nn.Module,
         accelerator: Accelerator,
         arguments: MultitaskArguments,
-        num_passes: int = 1,
     ) -> None:
         self.model, self.wrapped, self.accelerator = model, wrapped, accelerator
         num_tasks = len(model.tasks)
         self.task_weights_T = torch.tensor([task.weight for task in model.tasks])
         self.balancing: Balancing = get_balancing(arguments.balancing, num_tasks, arguments.balancing_settings)
         self.interval = arguments.affinity_interval
-        self.num_passes = num_passes
         self.troa: Troa | None = None
         self.affinity_parameters: list[nn.Parameter] = []
         # Where only a new task is trained, affinities stay as they are, and with them the other tasks' outputs.
@@ -116,8 +114,14 @@ class MultitaskStep:
             "num_skipped": self.troa.num_skipped.tolist(),
         }
 
-    def begin(self, step: int) -> None:
-        """Starts the optimiser step with this number, counted from 0."""
+    def begin(self, step: int, labels: Sequence[Mapping[str, Tensor]]) -> None:
+        """Starts an optimiser step.
+
+        Args:
+            step: its number, counted from 0.
+            labels: those of each call of `backward` to come. A task's loss in this step is the mean over all its
+                labelled pixels, in whichever batch and process they are.
+        """
         self.step = step
         self.passes_done = 0
         num_tasks = len(self.model.tasks)
@@ -125,6 +129,7 @@ class MultitaskStep:
         self.learns_affinity = self.troa is not None and self.model.training and (step + 1) % self.interval == 0
         self.for_affinity = self.for_balancing = None
         self.positions_2TT: Tensor | None = None
+        self.factors_AT = self._batch_factors(labels)
         if self.learns_affinity and self.troa is not None and self.troa.similarity != "spatial":
             self.for_affinity = GradientSums(self.affinity_parameters, self.num_parts, num_tasks)
         if self.balancing.needs_gradients:
@@ -138,6 +143,28 @@ class MultitaskStep:
         )
         self.losses_T, self.labelled_T = torch.zeros(num_tasks), torch.zeros(num_tasks)
 
+    def _batch_factors(self, labels: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """(A,T): the share of a batch in a task's labelled pixels, over the equal share that averaging gives it."""
+        device = self.accelerator.device
+        zero = torch.zeros((), device=device, dtype=torch.int64)
+        counts_AT = torch.stack(
+            [
+                torch.stack(
+                    [
+                        task.labelled(batch[task.name]).sum() if task.name in batch else zero
+                        for task in self.model.tasks
+                    ]
+                )
+                for batch in labels
+            ]
+        )
+        total_T = counts_AT.sum(dim=0)
+        if self.accelerator.num_processes > 1:
+            total_T = self.accelerator.reduce(total_T, "sum")
+        num_batches = len(labels) * self.accelerator.num_processes
+        # In whole numbers up to the division: a factor is exactly 1 where all batches have as many labels.
+        return torch.where(total_T > 0, counts_AT * num_batches / total_T.clamp(min=1), 1.0).double().cpu()
+
     def backward(self, pixel_values: Tensor, labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Adds the gradients of one batch to the parameters'; returns the unweighted losses, detached.
 
@@ -149,12 +176,13 @@ class MultitaskStep:
             ValueError: for wrong input.
         """
         run = self._joint_backward if self.is_joint else self._backward_per_task
+        self.loss_weights = (self.weights_T * self.factors_AT[self.passes_done]).tolist()
         losses = run(pixel_values, {name: label for name, label in labels.items() if name in self.trained})
-        self.passes_done += 1
         for number, task in enumerate(self.model.tasks if self.balancing.needs_losses else ()):
             if task.name in losses and task.labelled(labels[task.name]).any():
-                self.losses_T[number] += losses[task.name].cpu()
+                self.losses_T[number] += self.factors_AT[self.passes_done, number].float() * losses[task.name].cpu()
                 self.labelled_T[number] += 1
+        self.passes_done += 1
         return losses
 
     def finish(self) -> None:
@@ -177,19 +205,20 @@ class MultitaskStep:
             return
         sums_2T = torch.stack([self.losses_T, self.labelled_T]).to(self.accelerator.device)
         losses_T, counts_T = self.accelerator.reduce(sums_2T, "sum").cpu()
-        self.balancing.observe(losses_T / counts_T.clamp(min=1), counts_T > 0)
+        num_batches = len(self.factors_AT) * self.accelerator.num_processes
+        self.balancing.observe(losses_T / num_batches, counts_T > 0)
 
     def _joint_backward(self, pixel_values: Tensor, labels: dict[str, Tensor]) -> dict[str, Tensor]:
         losses = self.wrapped(pixel_values, labels=labels).losses
         names = self.model.task_names
-        self.accelerator.backward(sum(self.weights_T[names.index(name)].item() * losses[name] for name in losses))
+        self.accelerator.backward(sum(self.loss_weights[names.index(name)] * losses[name] for name in losses))
         return {name: loss.detach() for name, loss in losses.items()}
 
     def _backward_per_task(self, pixel_values: Tensor, labels: dict[str, Tensor]) -> dict[str, Tensor]:
         model = self.model
         model.check_labels(pixel_values, labels, model.tasks)
         # Several batches are dealt to the halves in turn; a single one is cut.
-        num_parts = self.num_parts if self.learns_affinity and self.num_passes == 1 else 1
+        num_parts = self.num_parts if self.learns_affinity and len(self.factors_AT) == 1 else 1
         learns_positions = self.learns_affinity and self.for_affinity is None
         with self.accelerator.autocast():
             shared = model.encode(pixel_values)
@@ -225,7 +254,7 @@ class MultitaskStep:
             logits = [self.model.decode(part, task.name) for part in parts]
             logits_BKHW = torch.cat([part.detach() for part in logits]).requires_grad_()
             loss = task.loss(logits_BKHW, label)
-        self.accelerator.backward(self.weights_T[number].item() * loss)
+        self.accelerator.backward(self.loss_weights[number] * loss)
         assert logits_BKHW.grad is not None
         gradients = logits_BKHW.grad.split([len(part) for part in logits])
         for part, (part_logits, gradient) in enumerate(zip(logits, gradients, strict=True)):

@@ -1,0 +1,28 @@
+"""The data sets that recipes can name."""
+
+from collections.abc import Callable
+
+from mt_adapters.data.frames import FrameDataset
+from mt_adapters.data.prepared import PreparedDataset
+from mt_adapters.data.rooms import RoomsDataset
+
+# Each is called with (split, data_dir, **options).
+DATASETS: dict[str, Callable[..., FrameDataset]] = {
+    "prepared": PreparedDataset,
+    "rooms": RoomsDataset,
+}
+
+
+def get_dataset(name: str) -> Callable[..., FrameDataset]:
+    """The data set class of that name.
+
+    Raises:
+        ValueError: unknown name.
+
+    Example:
+        >>> len(get_dataset("rooms")("validation"))
+        56
+    """
+    if name not in DATASETS:
+        raise ValueError(f"Unknown data set {name!r}; known are: {', '.join(DATASETS)}.")
+    return DATASETS[name]
