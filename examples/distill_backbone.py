@@ -23,11 +23,11 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,6 +49,7 @@ from mt_adapters.backbones import get_family, load_backbone
 from mt_adapters.data import AugmentedDataset, StepSampler, TrainTransform
 from mt_adapters.data.rooms import SAMPLE_DIR
 from mt_adapters.distillation import FeatureMatching, Images, TeacherViews, ViewSettings, open_images, teacher_channels
+from mt_adapters.distillation.arguments import DistillationArguments
 from mt_adapters.hub.record import weights_digest
 from mt_adapters.training.loop_state import (
     LoopState,
@@ -82,61 +83,7 @@ class DistillationState(LoopState):
     teacher_seconds: float = 0.0
 
 
-@dataclass
-class Arguments:
-    """Everything that can be said on the command line."""
-
-    teacher: str = field(default="facebook/dinov2-small", metadata={"help": "Hub id or folder of a backbone."})
-    student_config: str | None = field(
-        default=None, metadata={"help": "JSON file with the student's config, model_type included."}
-    )
-    data_dir: str | None = field(default=None, metadata={"help": "Folder of pictures; default: the shipped rooms."})
-    output_dir: str = field(default="outputs/distilled", metadata={"help": "Where everything is written."})
-    image_size: int = field(default=128, metadata={"help": "Side of what the student sees, in pixels."})
-    teacher_image_size: int = field(default=224, metadata={"help": "Side of what the teacher sees, in pixels."})
-    teacher_maps: list[int] = field(
-        default_factory=lambda: [1, 3],
-        metadata={"help": "Which of the teacher's feature maps; of a plain ViT 0 to 3 are at its quarters."},
-    )
-    num_views: int = field(default=8, metadata={"help": "Fixed crops of each image."})
-    crop_scale: list[float] = field(
-        default_factory=lambda: [0.4, 1.0], metadata={"help": "Smallest and largest share of the image in a view."}
-    )
-    color_jitter: list[float] = field(
-        default_factory=lambda: [0.3, 0.3, 0.3, 0.05],
-        metadata={"help": "Brightness, contrast, saturation, hue: of the student's images only."},
-    )
-    holdout: float = field(default=0.05, metadata={"help": "Share of the images that is not learned, but measured."})
-    max_steps: int = field(default=2000, metadata={"help": "Optimiser steps."})
-    batch_size: int = field(default=16, metadata={"help": "Images per process and step."})
-    teacher_batch_size: int = field(default=16, metadata={"help": "Images that the teacher sees at a time."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
-    weight_decay: float = field(default=0.05, metadata={"help": "On weight matrices only."})
-    warmup_ratio: float = field(default=0.05, metadata={"help": "Share of steps with a rising learning rate."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = field(
-        default=None, metadata={"help": "Of teacher and student; default: what `accelerate config` says."}
-    )
-    eval_steps: int = field(default=500, metadata={"help": "Measure the held-out images every so many steps."})
-    checkpoint_steps: int = field(default=200, metadata={"help": "Write a checkpoint every so many steps."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that prepare images."})
-    save_dtype: Literal["float32", "float16", "bfloat16"] = field(
-        default="float32", metadata={"help": "Number format of the student's file."}
-    )
-    keep_views: bool = field(default=False, metadata={"help": "Keep the teacher's features for other students."})
-    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir, if any."})
-    seed: int = field(default=0, metadata={"help": "Of weights, order, crops and colours."})
-
-    def __post_init__(self) -> None:
-        for name in ("num_views", "max_steps", "batch_size", "teacher_batch_size", "eval_steps", "checkpoint_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name, length in (("crop_scale", 2), ("color_jitter", 4)):
-            if len(getattr(self, name)) != length:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be {length} numbers")
-
-
-def student_config(arguments: Arguments) -> PreTrainedConfig:
+def student_config(arguments: DistillationArguments) -> PreTrainedConfig:
     settings: Any = STUDENT
     if arguments.student_config is not None:
         try:
@@ -157,7 +104,7 @@ def student_config(arguments: Arguments) -> PreTrainedConfig:
 
 
 def make_views(
-    images: Mapping[str, Images], teacher: PreTrainedModel, arguments: Arguments, accelerator: Accelerator
+    images: Mapping[str, Images], teacher: PreTrainedModel, arguments: DistillationArguments, accelerator: Accelerator
 ) -> dict[str, TeacherViews]:
     """Training views and one view of each held-out image; the main process makes them, the others read them."""
     teacher.to(accelerator.device)  # type: ignore[arg-type]
@@ -181,7 +128,9 @@ def make_views(
     return views
 
 
-def loader(views: TeacherViews, arguments: Arguments, num_samples: int, color_jitter: tuple[float, ...]) -> DataLoader:
+def loader(
+    views: TeacherViews, arguments: DistillationArguments, num_samples: int, color_jitter: tuple[float, ...]
+) -> DataLoader:
     """Batches of student images, coloured anew each time they come, with the teacher's features."""
     side = arguments.image_size
     # The views are cropped and flipped already.
@@ -219,7 +168,7 @@ def measure(model: FeatureMatching, batches: DataLoader, accelerator: Accelerato
 
 
 def distill(
-    model: FeatureMatching, teacher: PreTrainedModel, arguments: Arguments, accelerator: Accelerator
+    model: FeatureMatching, teacher: PreTrainedModel, arguments: DistillationArguments, accelerator: Accelerator
 ) -> DistillationState:
     """Trains the model in place."""
     steps, output = arguments.max_steps, Path(arguments.output_dir)
@@ -244,7 +193,7 @@ def distill(
     register_checkpoint_files(accelerator, state, scheduler, torch.nn.ModuleDict())
     if arguments.resume and load_checkpoint(accelerator, checkpoints) and accelerator.is_main_process:
         print(f"resuming after step {state.step}")
-    if state.step == steps:
+    if state.step >= steps:
         return state
 
     train_images, held_out = open_images(arguments.data_dir or SAMPLE_DIR).split(arguments.holdout)
@@ -302,7 +251,7 @@ def without_folders(value: Any) -> Any:
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
+    (arguments,) = HfArgumentParser(DistillationArguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
     output = Path(arguments.output_dir)
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from examples.distill_backbone import STUDENT, Arguments, student_config
+from examples.distill_backbone import STUDENT, student_config
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel
 
 from mt_adapters.backbones import get_family
+from mt_adapters.distillation.arguments import DistillationArguments
 from mt_adapters.hub.shipped import SHIPPED_BACKBONES
 from programs import BACKBONE_CONFIG, SIZE, run_program, start_program
 from tiny_models import make_backbone
@@ -137,7 +138,7 @@ def test_a_finished_run_that_is_resumed_writes_its_model_again(
 
 
 def test_the_default_student_is_what_the_package_ships() -> None:
-    config = student_config(Arguments())
+    config = student_config(DistillationArguments())
     shipped = json.loads((SHIPPED_BACKBONES["mt-adapters/swin-nano-rooms"] / "config.json").read_text())
     assert {name: shipped[name] for name in STUDENT} == STUDENT
     # The paper's layout: four stages, the last one 8C wide.
@@ -161,7 +162,7 @@ def test_a_student_that_does_not_work_is_refused(tmp_path: Path, config: Any, er
     file = tmp_path / "config.json"
     file.write_text(config if isinstance(config, str) else json.dumps(config))
     with pytest.raises(ValueError, match=error):
-        student_config(Arguments(student_config=str(file)))
+        student_config(DistillationArguments(student_config=str(file)))
 
 
 @pytest.mark.parametrize(
@@ -174,4 +175,4 @@ def test_a_student_that_does_not_work_is_refused(tmp_path: Path, config: Any, er
 )
 def test_settings_that_do_not_work_are_refused(settings: dict[str, Any], error: str) -> None:
     with pytest.raises(ValueError, match=error):
-        Arguments(**settings)
+        DistillationArguments(**settings)

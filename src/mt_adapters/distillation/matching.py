@@ -87,7 +87,7 @@ def partial_sums(heads: nn.ModuleList, maps: Sequence[Tensor], size: Sequence[in
     """Heads' outputs added up from the coarsest map to the finest, each sum as fine as its map, but at most `size`."""
     sums: list[Tensor] = []
     for head, map_BChw in zip(reversed(heads), reversed(maps), strict=True):
-        grid = [min(own, wanted) for own, wanted in zip(map_BChw.shape[-2:], size, strict=True)]
+        grid = (min(map_BChw.shape[-2], size[0]), min(map_BChw.shape[-1], size[1]))
         # Averaging and a linear head commute, and averaging first is cheaper.
         total = head(averaged(map_BChw, grid)).float()
         if sums:
@@ -98,4 +98,5 @@ def partial_sums(heads: nn.ModuleList, maps: Sequence[Tensor], size: Sequence[in
 
 def averaged(map_BChw: Tensor, grid: Sequence[int]) -> Tensor:
     """The map at a coarser size, or itself at its own."""
-    return map_BChw if list(map_BChw.shape[-2:]) == list(grid) else F.adaptive_avg_pool2d(map_BChw, grid)
+    rows, columns = grid
+    return map_BChw if map_BChw.shape[-2:] == (rows, columns) else F.adaptive_avg_pool2d(map_BChw, (rows, columns))

@@ -197,7 +197,7 @@ class TeacherViews(Dataset[dict[str, Any]]):
         progress.close()
 
     def _open(self, name: str, mode: str, shape: tuple[int, ...], dtype: type) -> Any:
-        return np.lib.format.open_memmap(self.folder / name, mode=mode, dtype=dtype, shape=(len(self), *shape))  # type: ignore[arg-type]
+        return np.lib.format.open_memmap(self.folder / name, mode=mode, dtype=dtype, shape=(len(self), *shape))
 
     def _read_state(self) -> dict[str, Any]:
         file = self.folder / STATE_FILE
