@@ -22,8 +22,9 @@ lint: $(VENV)/.installed-dev  ## check format, lint rules and types
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m mypy
 
-bench: $(VENV)/.installed-test  ## measure speed, memory and parameters next to the baselines
+bench: $(VENV)/.installed-test  ## measure speed, memory, parameters and the data loader next to baselines
 	$(BIN)/python benchmarks/bench.py $(ARGS)
+	$(BIN)/python benchmarks/loader.py
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

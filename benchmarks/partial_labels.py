@@ -1,12 +1,12 @@
-"""What are partial labels worth? Every frame labelled for one random task, against all labels and against fewer frames.
+"""What are partial labels worth? One random task labelled per frame, against all labels and against fewer frames.
 
     python benchmarks/partial_labels.py --backbone models/dinov2-small --data_dir rooms      # an hour on a CPU
 
 Three training sets of the same rooms, prepared with `mt_adapters.data.preparation`: all labels; one label per frame,
 each task on a quarter of the frames; a quarter of the frames with all labels, which is as many labels. Same recipe,
 steps and validation frames. Runs that have ended are not repeated. Prints a table (mean over seeds +- half the range)
-and writes --json: results and command of every run, and the table's figures. "gain" is the mean relative gain (delta_m)
-over the run of the same seed with all labels.
+and writes --json: results and command of every run, and the table's figures. "gain" is the mean relative gain
+(delta_m) over the run of the same seed with all labels.
 """
 
 import argparse

@@ -50,8 +50,8 @@ class MadeFrames(FrameDataset):
             raise BadSampleError(f"'{index:03d}.png': the picture is damaged.")
         return index
 
-    def _image(self, frame: int) -> np.ndarray:
-        return np.random.default_rng(frame).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    def _image(self, frame: int) -> Image.Image:
+        return Image.fromarray(np.random.default_rng(frame).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8))
 
     def _label(self, frame: int, label: str) -> Tensor | None:
         if label == "semseg":
@@ -114,8 +114,8 @@ def test_rounding_moves_no_normal_by_more_than_the_docstring_says(tmp_path: Path
     class Normals(MadeFrames):
         labels = {"normals": None}
 
-        def _image(self, frame: int) -> np.ndarray:
-            return np.zeros((200, 200, 3), dtype=np.uint8)
+        def _image(self, frame: int) -> Image.Image:
+            return Image.fromarray(np.zeros((200, 200, 3), dtype=np.uint8))
 
         def _label(self, frame: int, label: str) -> Tensor:
             return vectors.float()
@@ -321,7 +321,7 @@ def test_a_split_that_was_not_prepared_is_refused(prepared: Path) -> None:
 
 def test_a_jpeg_goes_through_as_it_is(tmp_path: Path) -> None:
     buffer = io.BytesIO()
-    Image.fromarray(MadeFrames()._image(0)).save(buffer, format="JPEG")
+    MadeFrames()._image(0).save(buffer, format="JPEG")
 
     class Photos(MadeFrames):
         def _image_bytes(self, frame: int) -> bytes:

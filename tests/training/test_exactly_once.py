@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mt_adapters.data import FrameDataset
@@ -39,8 +40,8 @@ class Numbered(FrameDataset):
     def _frame(self, index: int) -> int:
         return index
 
-    def _image(self, frame: int) -> np.ndarray:
-        return np.full((80, 80, 3), frame, dtype=np.uint8)
+    def _image(self, frame: int) -> Image.Image:
+        return Image.fromarray(np.full((80, 80, 3), frame, dtype=np.uint8))
 
     def _label(self, frame: int, label: str) -> Tensor:
         return torch.full((80, 80), frame + 1.0)

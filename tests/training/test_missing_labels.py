@@ -103,6 +103,31 @@ def test_one_label_per_frame_gives_the_sum_of_the_tasks_own_batches() -> None:
     assert_equal(found, add(*expected))
 
 
+@pytest.mark.parametrize("similarity", ["cosine", "fisher", "spatial"])
+def test_a_task_runs_only_on_the_frames_that_it_is_labelled_for(similarity: str) -> None:
+    batch = whole_batch("swin")
+    owners = {"semseg": [0, 5], "depth": [1], "normals": [0, 1, 2, 3, 4, 5], "edges": []}
+    missing = {name: [i for i in range(BATCH_SIZE) if i not in indices] for name, indices in owners.items()}
+    model = double_model("swin")
+    num_run = dict.fromkeys(ALL_TASKS, 0)
+    decode = model.decode
+
+    def counting(shared: Any, name: str) -> Tensor:
+        num_run[name] += len(shared.tokens.hidden)
+        return decode(shared, name)
+
+    model.decode = counting  # type: ignore[method-assign]
+    arguments = MultitaskArguments(affinity_interval=1, affinity_similarity=similarity)
+    step = MultitaskStep(model, model, Accelerator(cpu=True), arguments)
+    images, labels = without_labels(batch, missing)
+    step.begin(0, [labels])
+    step.backward(images, labels)
+    step.finish()
+    # One image stands for those of a task without any label, whose gradients are then zero.
+    assert num_run == {"semseg": 2, "depth": 1, "normals": 6, "edges": 1}
+    assert model.heads["edges"].weight.grad.abs().max() == 0
+
+
 # Their scale is found batch by batch, as it is in one process: the losses that are plain means over pixels.
 MEANS = ["semseg", "normals"]
 

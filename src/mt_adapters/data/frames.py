@@ -13,11 +13,12 @@ from typing import Any, ClassVar, overload
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from mt_adapters.data.derived import Intrinsics, edges_from_labels, normals_from_depth
-from mt_adapters.data.pictures import RGB, BadSampleError, StoredLabel, decode_picture, encode_png, read_file
+from mt_adapters.data.pictures import RGB, BadSampleError, StoredLabel, encode_png, open_picture, read_file
 
 SPLITS = ("train", "validation")
 
@@ -58,8 +59,8 @@ class FrameDataset(Dataset[dict[str, Any]], ABC):
         """Whatever the following methods need to find the frame's parts."""
 
     @abstractmethod
-    def _image(self, frame: Any) -> np.ndarray:
-        """(H,W,3) uint8 RGB."""
+    def _image(self, frame: Any) -> Image.Image:
+        """The image in RGB."""
 
     @abstractmethod
     def _label(self, frame: Any, label: str) -> StoredLabel | Tensor | None:
@@ -67,7 +68,7 @@ class FrameDataset(Dataset[dict[str, Any]], ABC):
 
     def _image_bytes(self, frame: Any) -> bytes:
         """The image as a JPEG or PNG file."""
-        return encode_png(self._image(frame))
+        return encode_png(np.asarray(self._image(frame)))
 
     @property
     def shard_lengths(self) -> list[int]:
@@ -82,12 +83,12 @@ class FrameDataset(Dataset[dict[str, Any]], ABC):
         """
         sample = self.read(index, self.labels)
         labels = {name: in_units(label) for name, label in sample["labels"].items()}
-        return {"image": sample["image"], "labels": labels}
+        return {"image": torch.from_numpy(np.array(sample["image"])).permute(2, 0, 1), "labels": labels}
 
     def read(self, index: int, names: Collection[str]) -> dict[str, Any]:
-        """The sample with the labels of these names that the frame has, not yet in their tasks' units.
+        """The sample as it is stored: a picture, and the labels of these names that the frame has.
 
-        A label is a `StoredLabel`, or a tensor where it was worked out.
+        A label is a `StoredLabel`, or a tensor in its task's units where it was worked out.
 
         Raises:
             BadSampleError: if a file is missing, damaged, or stored in another way or size; with the file or column
@@ -101,14 +102,13 @@ class FrameDataset(Dataset[dict[str, Any]], ABC):
             if label is None:
                 continue
             size = label.size if isinstance(label, StoredLabel) else tuple(label.shape[-2:])
-            if size != image.shape[:2]:
+            if size != (image.height, image.width):
                 raise BadSampleError(
                     f"{self.name(index)}: the label {name!r} is {size[0]} x {size[1]} pixels, but the image is "
-                    f"{image.shape[0]} x {image.shape[1]}; all labels must have the image's size."
+                    f"{image.height} x {image.width}; all labels must have the image's size."
                 )
             labels[name] = label
-        # A view: Pillow, which resizes it, wants the colours of a pixel next to each other.
-        return {"image": torch.from_numpy(image).permute(2, 0, 1), "labels": labels}
+        return {"image": image, "labels": labels}
 
     def image_bytes(self, index: int) -> bytes:
         """The image as it is stored, JPEG or PNG.
@@ -136,6 +136,8 @@ class FolderDataset(FrameDataset):
     layout: ClassVar[str]
     # What `derive` may name.
     derivable: ClassVar[tuple[str, ...]] = ()
+    # The stored labels that each is derived from; one of them is enough.
+    derived_from: ClassVar[Mapping[str, tuple[str, ...]]] = {"normals": ("depth",), "edges": ("semseg", "depth")}
 
     def __init__(self, split: str, data_dir: str | Path | None, derive: Sequence[str] = ()) -> None:
         if split not in SPLITS:
@@ -156,6 +158,13 @@ class FolderDataset(FrameDataset):
             raise ValueError(
                 f"{str(data_dir)!r} holds no frame of the split {split!r}; {kind} needs a folder with {self.layout}"
             )
+        missing = {label: folder for label, folder in self._label_folders().items() if not folder.is_dir()}
+        self.labels = {label: classes for label, classes in self.labels.items() if label not in missing}
+        for label in self.derive:
+            sources = self.derived_from[label]
+            if not any(source in self.labels for source in sources):
+                folders = [str(missing[source]) for source in sources if source in missing]
+                raise ValueError(f"{kind} derives {label!r} from {' or '.join(sources)}, but there is no {folders}")
 
     @abstractmethod
     def _find_frames(self) -> Sequence[str]:
@@ -167,6 +176,14 @@ class FolderDataset(FrameDataset):
     @abstractmethod
     def _stored_label(self, frame: str, label: str) -> StoredLabel | Tensor | None:
         """`_label` for labels that are not derived."""
+
+    def _label_folders(self) -> Mapping[str, Path]:
+        """The folders of labels that may be missing, as sets are published in parts; without it, no such label."""
+        return {}
+
+    def _regions(self, frame: str) -> StoredLabel | Tensor | None:
+        """Ids (H,W) whose borders are edges, 255 = no label; by default the classes."""
+        return self._stored_label(frame, "semseg")
 
     def _intrinsics(self, frame: str, height: int, width: int) -> Intrinsics:
         """The camera of a frame; only where "normals" is derivable."""
@@ -182,16 +199,19 @@ class FolderDataset(FrameDataset):
         return self.frames[index]
 
     def _label(self, frame: str, label: str) -> StoredLabel | Tensor | None:
+        if label not in self.labels:
+            return None
         if label not in self.derive:
             return self._stored_label(frame, label)
-        depth = in_units(self._stored_label(frame, "depth")) if "depth" in self.labels else None
+        sources = [source for source in self.derived_from[label] if source in self.labels]
+        depth = in_units(self._stored_label(frame, "depth")) if "depth" in sources else None
         if label == "normals":
             return None if depth is None else normals_from_depth(depth, self._intrinsics(frame, *depth.shape))
-        ids = in_units(self._stored_label(frame, "semseg")) if "semseg" in self.labels else None
+        ids = in_units(self._regions(frame)) if "semseg" in sources else None
         return None if ids is None and depth is None else edges_from_labels(ids, depth)
 
     def _image_bytes(self, frame: str) -> bytes:
         return read_file(self._image_path(frame))
 
-    def _image(self, frame: str) -> np.ndarray:
-        return decode_picture(self._image_bytes(frame), RGB, repr(str(self._image_path(frame))))
+    def _image(self, frame: str) -> Image.Image:
+        return open_picture(self._image_bytes(frame), RGB, repr(str(self._image_path(frame))))

@@ -81,16 +81,25 @@ def read_picture(path: Path, rule: PictureRule) -> np.ndarray:
 
 def decode_picture(stored: bytes, rule: PictureRule, name: str) -> np.ndarray:
     """Like `read_picture`; `name` says in errors where the bytes came from."""
+    return np.array(open_picture(stored, rule, name))
+
+
+def open_picture(stored: bytes, rule: PictureRule, name: str) -> Image.Image:
+    """The decoded picture, which fits the rule.
+
+    Raises:
+        BadSampleError: as `read_picture`.
+    """
     try:
-        with Image.open(io.BytesIO(stored)) as picture:
-            kind, mode = picture.format, picture.mode
-            array = np.array(picture)
+        picture = Image.open(io.BytesIO(stored))
+        kind, mode = picture.format, picture.mode
+        picture.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # Pillow reports broken PNG chunks as SyntaxError or ValueError.
         raise BadSampleError(f"{name}: the picture is damaged ({error}); get or write the file anew.") from error
     if mode not in rule.modes or (rule.is_lossless and kind != "PNG"):
         raise BadSampleError(f"{name}: is {kind} of Pillow mode {mode!r}, but must be {rule.words}.")
-    return array
+    return picture
 
 
 def encode_png(array: np.ndarray) -> bytes:

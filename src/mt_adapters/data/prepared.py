@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mt_adapters.data.frames import SPLITS, FrameDataset
@@ -44,6 +45,7 @@ from mt_adapters.data.pictures import (
     grey_16_bit,
     id_table,
     metres,
+    open_picture,
     unit_vectors,
 )
 from mt_adapters.data.sampling import SHARDS_AT_ONCE
@@ -145,8 +147,8 @@ class PreparedDataset(FrameDataset):
             self._open[path] = file
         return self._open[path]
 
-    def _image(self, frame: dict[str, Any]) -> np.ndarray:
-        return decode_picture(self._image_bytes(frame), RGB, f"{frame['where']}, column 'image'")
+    def _image(self, frame: dict[str, Any]) -> Image.Image:
+        return open_picture(self._image_bytes(frame), RGB, f"{frame['where']}, column 'image'")
 
     def _image_bytes(self, frame: dict[str, Any]) -> bytes:
         if not frame["image"] or frame["image"]["bytes"] is None:

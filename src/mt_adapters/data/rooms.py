@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from mt_adapters.data.frames import SPLITS, FrameDataset
 from mt_adapters.data.pictures import (
@@ -20,10 +21,10 @@ from mt_adapters.data.pictures import (
     PictureRule,
     StoredLabel,
     class_ids,
-    decode_picture,
     grey_16_bit,
     id_table,
     metres,
+    open_picture,
     unit_vectors,
 )
 
@@ -119,14 +120,14 @@ class RoomsDataset(FrameDataset):
     def _frame(self, index: int) -> tuple[int, dict[str, Any]]:
         return index, self._table[index]
 
-    def _image(self, frame: tuple[int, dict[str, Any]]) -> np.ndarray:
+    def _image(self, frame: tuple[int, dict[str, Any]]) -> Image.Image:
         return self._decode(frame, "image")
 
     def _image_bytes(self, frame: tuple[int, dict[str, Any]]) -> bytes:
         return frame[1]["image"]["bytes"]
 
     def _label(self, frame: tuple[int, dict[str, Any]], label: str) -> StoredLabel:
-        codes, name = self._decode(frame, label), self._column(frame, label)
+        codes, name = np.array(self._decode(frame, label)), self._column(frame, label)
         if label == "semseg":
             return StoredLabel(codes, partial(class_ids, table=IDS, name=name))
         if label == "depth":
@@ -138,13 +139,13 @@ class RoomsDataset(FrameDataset):
     def _column(self, frame: tuple[int, dict[str, Any]], column: str) -> str:
         return f"{self.name(frame[0])}, column {column!r}"
 
-    def _decode(self, frame: tuple[int, dict[str, Any]], column: str) -> np.ndarray:
+    def _decode(self, frame: tuple[int, dict[str, Any]], column: str) -> Image.Image:
         rule, cell = COLUMNS[column], frame[1][column]
         if cell is None or cell["bytes"] is None:
             raise BadSampleError(
                 f"{self._column(frame, column)}: holds no picture; it must be {rule.words}, stored in the file itself."
             )
-        return decode_picture(cell["bytes"], rule, self._column(frame, column))
+        return open_picture(cell["bytes"], rule, self._column(frame, column))
 
 
 def _open_table(path: Path) -> Any:

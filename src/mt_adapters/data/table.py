@@ -2,14 +2,20 @@
 
 from collections.abc import Callable
 
+from mt_adapters.data.cityscapes import CityscapesDataset
 from mt_adapters.data.frames import FrameDataset
 from mt_adapters.data.prepared import PreparedDataset
 from mt_adapters.data.rooms import RoomsDataset
+from mt_adapters.data.synthia import SynthiaDataset
+from mt_adapters.data.vkitti2 import VirtualKitti2Dataset
 
 # Each is called with (split, data_dir, **options).
 DATASETS: dict[str, Callable[..., FrameDataset]] = {
+    "cityscapes": CityscapesDataset,
     "prepared": PreparedDataset,
     "rooms": RoomsDataset,
+    "synthia": SynthiaDataset,
+    "vkitti2": VirtualKitti2Dataset,
 }
 
 

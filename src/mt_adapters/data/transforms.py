@@ -36,7 +36,7 @@ class Box(NamedTuple):
 class EvalTransform:
     """Resizes the whole image and its labels, and normalises the image.
 
-    Called with a sample `{"image": uint8 (3, H, W), "labels": {...}}` it returns
+    Called with a sample `{"image": uint8 (3, H, W) or a picture in RGB, "labels": {...}}` it returns
     `{"pixel_values": float32 (3, h, w), "labels": {task name: (..., h, w)}}`. A task whose label the sample lacks is
     absent from the result.
 
@@ -65,18 +65,17 @@ class EvalTransform:
 
     def __call__(self, sample: Mapping[str, Any], rng: np.random.Generator | None = None) -> dict[str, Any]:
         """`rng` has no effect; it lets both transforms be called alike."""
-        height, width = sample["image"].shape[-2:]
-        image, labels = self._resize(sample, Box(0, 0, width, height))
+        picture = as_picture(sample["image"])
+        image, labels = self._resize(picture, sample["labels"], Box(0, 0, picture.width, picture.height))
         pixels = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)).astype(np.float32) / 255
         return {"pixel_values": torch.from_numpy((pixels - self.image_mean) / self.image_std), "labels": labels}
 
     def _resize(
-        self, sample: Mapping[str, Any], box: Box, mirrored: bool = False
+        self, picture: Image.Image, stored: Mapping[str, Any], box: Box, mirrored: bool = False
     ) -> tuple[Image.Image, dict[str, Tensor]]:
         """The box of the image, bilinear and antialiased, and of the labels, nearest."""
         height, width = self.size
-        source_height, source_width = sample["image"].shape[-2:]
-        picture = Image.fromarray(sample["image"].permute(1, 2, 0).numpy())
+        source_width, source_height = picture.size
         picture = picture.resize((width, height), Image.Resampling.BILINEAR, box=box)
         if mirrored:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -87,9 +86,9 @@ class EvalTransform:
         columns = columns[::-1] if mirrored else columns
         labels = {}
         for task in self.tasks:
-            if task.name not in sample["labels"]:
+            if task.name not in stored:
                 continue
-            label = sample["labels"][task.name]
+            label = stored[task.name]
             label_size = label.size if isinstance(label, StoredLabel) else tuple(label.shape[-2:])
             if label_size != (source_height, source_width):
                 raise ValueError(
@@ -156,9 +155,9 @@ class TrainTransform(EvalTransform):
             raise ValueError(
                 "TrainTransform needs a random generator: call transform(sample, np.random.default_rng(0))."
             )
-        height, width = sample["image"].shape[-2:]
-        box = self._random_box(height, width, rng)
-        picture, labels = self._resize(sample, box, mirrored=self.flip and rng.random() < 0.5)
+        source = as_picture(sample["image"])
+        box = self._random_box(source.height, source.width, rng)
+        picture, labels = self._resize(source, sample["labels"], box, mirrored=self.flip and rng.random() < 0.5)
         # All four are drawn, whatever is switched off: the crops to come do not depend on the colour settings.
         change = rng.uniform(-1, 1, size=4) * self.color_jitter
         return {"pixel_values": self._jitter_and_normalize(picture, change), "labels": labels}
@@ -191,6 +190,10 @@ class TrainTransform(EvalTransform):
         # Clipped as colours from 0 to 255, after the normalisation that went into the matrix.
         np.clip(values, (-mean / std).astype(np.float32), ((255 - mean) / std).astype(np.float32), out=values)
         return torch.from_numpy(values.reshape(3, height, width))
+
+
+def as_picture(image: Tensor | Image.Image) -> Image.Image:
+    return image if isinstance(image, Image.Image) else Image.fromarray(image.permute(1, 2, 0).numpy())
 
 
 def hue_rotation(angle: float) -> np.ndarray:

@@ -230,7 +230,9 @@ class MultitaskStep:
             self.magnitudes_TBN = torch.zeros(size_TBN, device=pixel_values.device)
         parts = leaves.chunk(num_parts) if num_parts > 1 else [leaves]
         losses = {
-            task.name: self._backward_task(number, task, parts, labels[task.name], shared, leaves)
+            task.name: self._backward_task(
+                number, task, labelled_parts(task, parts, labels[task.name]), shared, leaves
+            )
             for number, task in enumerate(model.tasks)
             if task.name in labels
         }
@@ -244,20 +246,19 @@ class MultitaskStep:
         self,
         number: int,
         task: Task,
-        parts: Sequence[SharedFeatures],
-        label: Tensor,
+        parts: Mapping[int, tuple[SharedFeatures, Tensor]],
         shared: SharedFeatures,
         leaves: SharedFeatures,
     ) -> Tensor:
         # The parts run apart but have one loss, so that its gradient is that of the whole batch.
         with self.accelerator.autocast():
-            logits = [self.model.decode(part, task.name) for part in parts]
+            logits = [self.model.decode(part, task.name) for part, _ in parts.values()]
             logits_BKHW = torch.cat([part.detach() for part in logits]).requires_grad_()
-            loss = task.loss(logits_BKHW, label)
+            loss = task.loss(logits_BKHW, torch.cat([label for _, label in parts.values()]))
         self.accelerator.backward(self.loss_weights[number] * loss)
         assert logits_BKHW.grad is not None
         gradients = logits_BKHW.grad.split([len(part) for part in logits])
-        for part, (part_logits, gradient) in enumerate(zip(logits, gradients, strict=True)):
+        for part, part_logits, gradient in zip(parts, logits, gradients, strict=True):
             with self._alone():
                 part_logits.backward(gradient)
                 if self.magnitudes_TBN is not None:
@@ -302,6 +303,28 @@ class MultitaskStep:
                 observation[:, number].mul_(1 / weight if weight > 0 else 0.0)
         self.troa.update(observation)
         self.model.conditioning.set_affinity(self.troa.affinity, self.troa.weights)
+
+
+def labelled_parts(
+    task: Task, parts: Sequence[SharedFeatures], label: Tensor
+) -> dict[int, tuple[SharedFeatures, Tensor]]:
+    """{number of the part: its images that have a label, and their labels}: others would run for nothing.
+
+    A part without any is left out. Where no image has a label, one stands for all, so that the task's gradients are
+    zero and not absent.
+    """
+    found: dict[int, tuple[SharedFeatures, Tensor]] = {}
+    for number, (part, part_label) in enumerate(zip(parts, label.chunk(len(parts)), strict=True)):
+        has_label_B = task.labelled(part_label).flatten(1).any(dim=1)
+        if has_label_B.all():
+            found[number] = part, part_label
+        elif has_label_B.any():
+            indices = has_label_B.nonzero().flatten()
+            found[number] = part.select(indices), part_label[indices]
+    if not found:
+        first = torch.zeros(1, dtype=torch.int64, device=label.device)
+        found[0] = parts[0].select(first), label[:1]
+    return found
 
 
 def gradient_magnitudes(leaves: SharedFeatures) -> Tensor:

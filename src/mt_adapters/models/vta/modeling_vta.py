@@ -77,6 +77,10 @@ class SharedFeatures:
         chunks = zip(*(tensor.chunk(num_chunks) for tensor in self.tensors), strict=True)
         return [self.with_tensors(tensors) for tensors in chunks]
 
+    def select(self, indices: Tensor) -> "SharedFeatures":
+        """The same for some of the images."""
+        return self.with_tensors([tensor.index_select(0, indices) for tensor in self.tensors])
+
 
 class VtaModel(PreTrainedModel):
     """A vision transformer that solves several dense tasks through task-conditioned adapters.
