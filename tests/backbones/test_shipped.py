@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.probe_backbones import ROWS, table
+from examples.distill_backbone import STUDENT
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors import safe_open
@@ -23,6 +25,7 @@ from mt_adapters.hub.shipped import SHIPPED_BACKBONES
 
 NAME = "mt-adapters/swin-nano-rooms"
 FOLDER = SHIPPED_BACKBONES[NAME]
+RECORD = "distillation.json"
 SOURCE = Path(shipped.__file__).parents[1]
 
 
@@ -37,7 +40,7 @@ def test_it_loads_without_a_network_in_float32_and_keeps_its_name():
 
 def test_the_file_is_small_half_precision_and_on_the_list_of_package_data():
     files = {path.name for path in FOLDER.iterdir()}
-    assert {"config.json", "model.safetensors", "README.md"} <= files
+    assert files == {"config.json", "model.safetensors", "README.md", "distillation.json", "probe.json", "loss.png"}
     assert (FOLDER / "model.safetensors").stat().st_size <= 12e6
     with safe_open(FOLDER / "model.safetensors", framework="pt") as tensors:
         kinds = {tensors.get_slice(key).get_dtype() for key in tensors.keys()}
@@ -104,3 +107,35 @@ def test_an_installation_without_its_weights_says_what_to_do(tmp_path, monkeypat
     monkeypatch.setitem(SHIPPED_BACKBONES, NAME, tmp_path)
     with pytest.raises(ValueError, match=r"the weights of 'mt-adapters/swin-nano-rooms' are missing.*was packed with"):
         VtaModel.from_backbone(NAME, tasks=["depth"])
+
+
+def read(name: str) -> dict:
+    return json.loads((FOLDER / name).read_text(encoding="utf-8"))
+
+
+def test_the_card_shows_the_figures_and_commands_of_its_files():
+    card, probe, distillation = (FOLDER / "README.md").read_text(encoding="utf-8"), read("probe.json"), read(RECORD)
+    assert table(probe["rows"]) in card
+    assert set(probe["rows"]) == set(ROWS)
+    assert probe["command"] in card
+    assert distillation["command"] in card
+    assert f"{distillation['parameters']:,} parameters" in card
+    holdout = distillation["losses"]["holdout"]
+    assert f"{holdout['unexplained_0']:.2f} and {holdout['unexplained_1']:.2f} of the two maps' variance" in card
+
+
+def test_the_record_is_that_of_these_weights():
+    backbone, record = load_backbone(NAME), read(RECORD)
+    assert record["parameters"] == sum(parameter.numel() for parameter in backbone.parameters())
+    settings = backbone.config.to_dict()
+    assert {name: settings[name] for name in STUDENT} == STUDENT
+    assert record["arguments"]["student"]["depths"] == STUDENT["depths"]
+    assert record["arguments"]["save_dtype"] == "float16"
+
+
+def test_its_linear_probe_is_far_above_that_of_random_weights():
+    rows = {row: record["results"] for row, record in read("probe.json")["rows"].items()}
+    student, untrained = rows["student"], rows["random"]
+    assert student["semseg"]["miou"] > 2 * untrained["semseg"]["miou"]
+    assert student["depth"]["rmse"] < 0.9 * untrained["depth"]["rmse"]
+    assert student["normals"]["mean_angle"] < 0.9 * untrained["normals"]["mean_angle"]
