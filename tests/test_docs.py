@@ -23,6 +23,7 @@ RUNNABLE = (
     "mt_adapters.data.sampling",
     "mt_adapters.data.transforms",
     "mt_adapters.decoders.fpn",
+    "mt_adapters.distillation.matching",
     "mt_adapters.evaluate_metrics",
     "mt_adapters.evaluate_metrics.depth",
     "mt_adapters.evaluate_metrics.edges",

@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"losses", "tasks"},
     "metrics": {"losses", "tasks"},
     "evaluate_metrics": {"tasks", "metrics"},
+    "distillation": {"backbones", "data"},
     "training": TRAINING_ROOMS,
     "pipelines": TRAINING_ROOMS,
     "visualize": TRAINING_ROOMS,

@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from mt_adapters.hub.shipped import is_shipped
 from mt_adapters.tasks import get_tasks
 
 # What a reader wants to see of each kind: metric, heading, factor and format.
@@ -116,12 +117,14 @@ def model_card(
 
 def card_data(record: Mapping[str, Any], repo_id: str | None, is_adapter: bool, license: str) -> ModelCardData:
     """The metadata that the Hub reads."""
+    # A backbone that comes with the package is no repository that the Hub could link to.
+    base_model = None if is_shipped(record["base_model"]) else record["base_model"]
     # No pipeline_tag: the Hub knows none for several tasks at once, and transformers would choose a pipeline by it.
     return ModelCardData(
         license=license,
         library_name="peft" if is_adapter else "mt-adapters",
-        base_model=record["base_model"],
-        base_model_relation="adapter" if record["base_model"] and is_adapter else None,
+        base_model=base_model,
+        base_model_relation="adapter" if base_model and is_adapter else None,
         tags=["mt-adapters", "multitask", "dense-prediction", *record["tasks"]],
         model_name=repo_id or "multitask model",
         eval_results=eval_results(record) or None,
@@ -150,7 +153,9 @@ def eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
 
 
 def summary(record: Mapping[str, Any], is_adapter: bool = False) -> str:
-    backbone = f"{record['backbone']} backbone" + (f" ({record['base_model']})" if record["base_model"] else "")
+    origin = ", which comes with the package" if is_shipped(record["base_model"]) else ""
+    backbone = f"{record['backbone']} backbone"
+    backbone += f" ({record['base_model']}{origin})" if record["base_model"] else ""
     adapters = {None: "no adapters", "VTA": "task-conditioned adapters", "LORA": "LoRA adapters"}
     adapter = adapters.get(record["adapter"], f"{record['adapter']} adapters")
     if record["train_adapted_blocks"]:
@@ -176,6 +181,10 @@ model = AutoModel.from_pretrained("{repo_id}").eval()  # model(pixel_values).log
 ```"""
     backbone = "" if record["base_model"] else ", backbone=..."
     base = record["base_model"] or "..."
+    # The package's own backbone is known to the package only.
+    load, loader = ("AutoModel.from_pretrained", "from transformers import AutoModel")
+    if is_shipped(base):
+        load, loader = "load_backbone", "from mt_adapters.backbones import load_backbone"
     return f"""```python
 from mt_adapters import VtaModel
 from transformers import AutoImageProcessor, pipeline
@@ -192,9 +201,9 @@ The adapter alone, without heads, on the plain backbone:
 ```python
 import mt_adapters  # registers the adapter type
 from peft import PeftModel
-from transformers import AutoModel
+{loader}
 
-backbone = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), "{repo_id}")
+backbone = PeftModel.from_pretrained({load}("{base}"), "{repo_id}")
 ```"""
 
 

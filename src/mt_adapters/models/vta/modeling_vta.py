@@ -151,7 +151,7 @@ class VtaModel(PreTrainedModel):
         """Puts new adapters, decoders and heads on a backbone.
 
         Args:
-            backbone: Hub id or folder of pretrained weights, or a config (random weights).
+            backbone: Hub id, folder or shipped name of pretrained weights, or a config (random weights).
             tasks: names or dicts, e.g. {"name": "parts", "type": "semseg", "num_labels": 7}.
             adapter: settings of a VTA adapter (the default) or of any other peft method; None for no adapter.
             config: further settings of `VtaConfig`, and `num_labels`, `id2label` of the segmentation.

@@ -1,0 +1,45 @@
+"""The figures of the linear probes: what is trained, and the table."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+from benchmarks.probe_backbones import COLUMNS, ROWS, recipe, table
+
+from mt_adapters.training.arguments import read_recipe
+
+
+@pytest.fixture
+def arguments(backbone_folder: Path) -> argparse.Namespace:
+    return argparse.Namespace(student=str(backbone_folder), teacher="facebook/dinov2-small", max_steps=7, seed=3)
+
+
+def test_the_rows_differ_in_the_backbone_and_the_size_of_its_images_only(
+    tmp_path: Path, arguments: argparse.Namespace
+) -> None:
+    recipes = {}
+    for row in ROWS:
+        (tmp_path / row).write_text(json.dumps(recipe(row, arguments)))
+        recipes[row] = read_recipe(tmp_path / row)
+    assert recipes["student"]["backbone"] == arguments.student
+    assert recipes["teacher"]["backbone"] == "facebook/dinov2-small"
+    config = recipes["random"]["backbone_config"]
+    assert (config["model_type"], config["embed_dim"], config["depths"]) == ("swin", 8, [1, 1, 2, 1])
+    assert {value["image_size"] for row, value in recipes.items() if row != "teacher_224"} == {128}
+    own = ("backbone", "backbone_config", "image_size")
+    shared = [{key: value for key, value in settings.items() if key not in own} for settings in recipes.values()]
+    assert shared == [shared[0]] * len(ROWS)
+    assert (shared[0]["adapter"], shared[0]["decoder"], shared[0]["max_steps"]) == ("none", "linear", 7)
+
+
+def test_a_table_has_a_row_per_run_and_the_input_blind_predictor() -> None:
+    def results(value: float) -> dict[str, dict[str, float]]:
+        return {task: {metric: value} for task, metric, *_ in COLUMNS}
+
+    rows = {"student": {"results": results(0.25), "input_blind": results(0.125)}, "random": {"results": results(1)}}
+    assert table(rows).splitlines()[2:] == [
+        "| student | 0.250 | 0.250 | 0.25 | 0.250 |",
+        "| random weights, same architecture | 1.000 | 1.000 | 1.00 | 1.000 |",
+        "| no backbone: input-blind | 0.125 | 0.125 | 0.12 | 0.125 |",
+    ]
