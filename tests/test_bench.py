@@ -141,7 +141,7 @@ def test_the_timed_steps_stand_for_a_whole_interval(interval: int) -> None:
     step = MultitaskStep(model, model, Accelerator(cpu=True), MultitaskArguments(affinity_interval=interval))
     learns = []
     for number in range(interval):
-        step.begin(number, [])
+        step.begin(number, [{}])
         learns.append(step.learns_affinity)
     shares = interval_shares(interval)
     assert sum(shares.values()) == pytest.approx(1)
