@@ -4,8 +4,9 @@
 
 Three training sets of the same rooms, prepared with `mt_adapters.data.preparation`: all labels; one label per frame,
 each task on a quarter of the frames; a quarter of the frames with all labels, which is as many labels. Same recipe,
-steps and validation frames. Runs that have ended are not repeated. Prints a table (mean over seeds +- half the range)
-and writes --json: results and command of every run, and the table's figures. "gain" is the mean relative gain
+steps and validation frames; with one label per frame also with four times the frames in a step, so that a step sees as
+many labels as with all of them. Runs that have ended are not repeated. Prints a table (mean over seeds +- half the
+range) and writes --json: results and command of every run, and the table's figures. "gain" is the mean relative gain
 (delta_m) over the run of the same seed with all labels.
 """
 
@@ -31,6 +32,7 @@ RECIPE = "examples/recipes/rooms_dinov2_small.yaml"
 STUDY = {"image_size": 112, "eval_image_size": 112, "num_workers": 1, "trackers": "none"}
 METRICS = {"semseg": "miou", "depth": "rmse", "normals": "mean_angle", "edges": "f"}
 ALL, ONE, FEWER = "all labels", "one label per frame", "a quarter of the frames"
+ONE_LARGE = "one label per frame, 4 x batch"
 
 
 class OneLabelPerFrame(RoomsDataset):
@@ -62,15 +64,25 @@ class FewerFrames(RoomsDataset):
 SETS: dict[str, type[RoomsDataset]] = {ALL: RoomsDataset, ONE: OneLabelPerFrame, FEWER: FewerFrames}
 
 
-def prepare(variant: str, folder: Path, data_dir: str | None) -> dict[str, Any]:
+# Row of the table -> its training set, and what it changes.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    ALL: (ALL, {}),
+    ONE: (ONE, {}),
+    ONE_LARGE: (ONE, {"batch_size": 32}),
+    FEWER: (FEWER, {}),
+}
+
+
+def prepare(name: str, folder: Path, data_dir: str | None) -> dict[str, Any]:
     """The report of the training split."""
     folder.mkdir(parents=True, exist_ok=True)
     prepare_split(RoomsDataset("validation", data_dir), "validation", folder)
-    return prepare_split(SETS[variant]("train", data_dir), "train", folder)["report"]
+    return prepare_split(SETS[name]("train", data_dir), "train", folder)["report"]
 
 
-def run(data: Path, seed: int, folder: Path, arguments: argparse.Namespace) -> None:
-    settings = STUDY | {"dataset": "prepared", "data_dir": data, "seed": seed, "backbone": arguments.backbone}
+def run(variant: str, data: Path, seed: int, folder: Path, arguments: argparse.Namespace) -> None:
+    settings = STUDY | VARIANTS[variant][1] | {"dataset": "prepared", "data_dir": data, "seed": seed}
+    settings |= {"backbone": arguments.backbone}
     settings |= {"max_steps": arguments.max_steps, "eval_steps": arguments.max_steps, "output_dir": folder}
     options = [text for key, value in settings.items() if value is not None for text in (f"--{key}", str(value))]
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,22 +109,24 @@ def summarize(runs: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
     return summary
 
 
-def table(summary: dict[str, Any], reports: dict[str, dict[str, Any]]) -> str:
+def table(summary: dict[str, Any], counts: dict[str, dict[str, Any]], num_seeds: int) -> str:
     rows = [
         "| training set | frames | labels | mIoU | depth RMSE, m | normals, ° | edges F | gain, % |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for variant, figures in summary.items():
-        num_frames = reports[variant]["num_frames"]
-        num_labels = sum(round(entry["frames"] * num_frames) for entry in reports[variant]["labels"].values())
+        num_frames, labels = counts[VARIANTS[variant][0]].values()
+        num_labels = sum(round(share * num_frames) for share in labels.values())
         digits = {"semseg": 3, "depth": 3, "normals": 2, "edges": 3, "gain": 1}
-        cells = [f"{figures['mean'][k]:.{n}f} ± {figures['half_range'][k]:.{n}f}" for k, n in digits.items()]
+        spreads = {k: f" ± {figures['half_range'][k]:.{n}f}" if num_seeds > 1 else "" for k, n in digits.items()}
+        cells = [f"{figures['mean'][k]:.{n}f}{spreads[k]}" for k, n in digits.items()]
         rows.append(f"| {variant} | {num_frames:,} | {num_labels:,} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[*VARIANTS], metavar="VARIANT")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--max_steps", type=int, default=300)
     parser.add_argument("--backbone", help="folder of the weights; default: the recipe's Hub id")
@@ -122,31 +136,33 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where the results go; default: study.json in --output")
     arguments = parser.parse_args()
 
-    data = {variant: arguments.output / "data" / variant.replace(" ", "_") for variant in SETS}
-    reports = {variant: prepare(variant, folder, arguments.data_dir) for variant, folder in data.items()}
+    if ALL not in arguments.variants:
+        arguments.variants.append(ALL)
+    data = {name: arguments.output / "data" / name.replace(" ", "_") for name in SETS}
+    reports = {name: prepare(name, folder, arguments.data_dir) for name, folder in data.items()}
     folders = {
-        (variant, seed): arguments.output / f"{variant.replace(' ', '_')}_seed{seed}"
+        (variant, seed): arguments.output / f"{variant.replace(', ', '_').replace(' ', '_')}_seed{seed}"
         for seed in arguments.seeds
-        for variant in SETS
+        for variant in arguments.variants
     }
     if arguments.jobs > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // arguments.jobs)))
     todo = {key: folder for key, folder in folders.items() if not (folder / "metrics.json").exists()}
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(lambda item: run(data[item[0][0]], item[0][1], item[1], arguments), todo.items()))
-    runs: dict[str, dict[int, dict[str, Any]]] = {variant: {} for variant in SETS}
+        list(pool.map(lambda i: run(i[0][0], data[VARIANTS[i[0][0]][0]], i[0][1], i[1], arguments), todo.items()))
+    runs: dict[str, dict[int, dict[str, Any]]] = {variant: {} for variant in arguments.variants}
     for (variant, seed), folder in folders.items():
         record = json.loads((folder / "metrics.json").read_text())
         keys = ("results", "steps", "evaluation", "affinity", "affinity_updates", "seconds", "command", "versions")
         runs[variant][seed] = {key: record[key] for key in keys}
     summary = summarize(runs)
     counts = {
-        variant: {"num_frames": report["num_frames"], "labels": {k: v["frames"] for k, v in report["labels"].items()}}
-        for variant, report in reports.items()
+        name: {"num_frames": report["num_frames"], "labels": {k: v["frames"] for k, v in report["labels"].items()}}
+        for name, report in reports.items()
     }
     target = arguments.json or arguments.output / "study.json"
     target.write_text(json.dumps({"summary": summary, "data": counts, "runs": runs}, indent=1) + "\n")
-    print(table(summary, reports))
+    print(table(summary, counts, len(arguments.seeds)))
 
 
 if __name__ == "__main__":

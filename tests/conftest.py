@@ -29,7 +29,7 @@ os.environ.update(
 )
 torch.set_num_threads(1)
 
-pytest_plugins = ["programs", "hub_server"]
+pytest_plugins = ["programs", "hub_server", "furniture_library"]
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED_FOLDER = Path(os.environ.get("MT_ADAPTERS_SHARED", REPOSITORY / "../shared")).resolve()
@@ -65,6 +65,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             f"pip install gradio playwright, and put a Chromium on the PATH (missing: {', '.join(missing)})",
             required="MT_ADAPTERS_REQUIRE_BROWSER",
         )
+    if item.get_closest_marker("render") and importlib.util.find_spec("mitsuba") is None:
+        _skip_or_fail("pip install mitsuba", required="MT_ADAPTERS_REQUIRE_RENDER")
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ RUNNABLE = (
     "mt_adapters.data.table",
     "mt_adapters.data.rooms",
     "mt_adapters.data.sampling",
+    "mt_adapters.data.thinning",
     "mt_adapters.data.transforms",
     "mt_adapters.decoders.fpn",
     "mt_adapters.distillation.matching",

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from benchmarks import partial_labels
 from benchmarks.affinity_study import VARIANTS, off_diagonal, summarize, table
 from examples.attach_to_backbone import steps_table
 
@@ -124,3 +125,23 @@ def test_a_card_is_what_its_results_file_gives(folder: Path):
     pictures = [name for name in PICTURES if (folder / name).is_file()]
     card = model_card(read(folder / "metrics.json"), pictures=pictures)
     assert (folder / "README.md").read_text(encoding="utf-8") == card
+
+
+def test_readme_shows_the_table_of_partial_labels():
+    study = read(ROOMS / "partial_labels.json")
+    assert set(study["runs"]) == set(partial_labels.VARIANTS)
+    runs = {name: {int(seed): record for seed, record in by_seed.items()} for name, by_seed in study["runs"].items()}
+    assert study["summary"] == partial_labels.summarize(runs)
+    num_seeds = len(runs[partial_labels.ALL])
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert partial_labels.table(study["summary"], study["data"], num_seeds) in readme
+
+
+def test_readme_shows_the_figures_of_the_loader():
+    figures = read(CARDS / "loader_512.json")
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert (
+        f"| 512 x 512 | {figures['alone']:.0f} | {figures['loader']:.0f} | {figures['ratio']:.2f} "
+        f"| {figures['cpu_alone']:.2f} | {figures['cpu_loader']:.2f} |"
+    ) in readme
+    assert f"At {figures['cpu_loader']:.1f} CPU ms a frame" in readme

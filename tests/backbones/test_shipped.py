@@ -116,7 +116,7 @@ def read(name: str) -> dict:
 def test_the_card_shows_the_figures_and_commands_of_its_files():
     card, probe, distillation = (FOLDER / "README.md").read_text(encoding="utf-8"), read("probe.json"), read(RECORD)
     assert table(probe["rows"]) in card
-    assert set(probe["rows"]) == set(ROWS)
+    assert {"student", "random"} <= set(probe["rows"]) <= set(ROWS)
     assert probe["command"] in card
     assert distillation["command"] in card
     assert f"{distillation['parameters']:,} parameters" in card

@@ -73,6 +73,15 @@ def test_a_source_says_which_label_a_task_reads_or_that_it_reads_none() -> None:
     assert task_classes(chosen, sets) == {"semseg": ("a",), "street": ("b", "c")}
 
 
+def test_a_task_that_one_source_names_a_label_for_is_read_from_no_other() -> None:
+    """As README shows it: two sets of other classes, each with a task of its own."""
+    sets = [Frames(semseg=("a", "b"), depth=None), Frames(semseg=("c",), depth=None)]
+    specs = ["depth", *({"name": name, "type": "semseg"} for name in ("indoor", "street"))]
+    chosen = choose_labels(kinds(*specs), sets, [{"indoor": "semseg"}, {"street": "semseg"}])
+    assert chosen == [{"depth": "depth", "indoor": "semseg"}, {"depth": "depth", "street": "semseg"}]
+    assert task_classes(chosen, sets) == {"indoor": ("a", "b"), "street": ("c",)}
+
+
 @pytest.mark.parametrize("choice", [{"walls": "semseg"}, {"depth": "semseg_40"}])
 def test_a_choice_of_what_is_not_there_is_refused(choice: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=r"does not fit: tasks are \['depth'\], labels of this source \['depth'\]"):

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mt_adapters.data.pictures import SEMSEG_NO_LABEL
 
@@ -41,19 +40,21 @@ def normals_from_depth(depth: Tensor, camera: Intrinsics) -> Tensor:
     A pixel's normal is that of the plane through its four neighbours. Zeros (no label) on the map's border, next to a
     pixel without depth, and where a neighbour lies on another surface (`DEPTH_STEP`).
     """
-    known = F.pad((depth > 0).float(), (1, 1, 1, 1)) > 0
-    values = F.pad(depth.nan_to_num(0.0).double(), (1, 1, 1, 1))
-    shifted = Intrinsics(camera.focal_x, camera.focal_y, camera.center_x + 1, camera.center_y + 1)
-    points = points_from_depth(values, shifted)
+    normals = torch.zeros(3, *depth.shape)
+    points = points_from_depth(depth.nan_to_num(0.0).double(), camera)
     right = points[:, 1:-1, 2:] - points[:, 1:-1, :-2]
     up = points[:, :-2, 1:-1] - points[:, 2:, 1:-1]
-    normals = torch.linalg.cross(right, up, dim=0)
-    center, is_labelled = values[1:-1, 1:-1], known[1:-1, 1:-1]
-    for rows, columns in ((1, 2), (1, 0), (0, 1), (2, 1)):
-        window = (slice(rows, rows + depth.shape[0]), slice(columns, columns + depth.shape[1]))
-        is_labelled = is_labelled & known[window] & ~_is_step(center, values[window])
-    normals = torch.where(is_labelled, F.normalize(normals, dim=0), 0.0)
-    return normals.float()
+    # Written out: torch's functions over the first dimension are many times slower on CPUs.
+    x = right[1] * up[2] - right[2] * up[1]
+    y = right[2] * up[0] - right[0] * up[2]
+    z = right[0] * up[1] - right[1] * up[0]
+    inner = torch.stack([x, y, z]) / (x * x + y * y + z * z).sqrt()
+    center = depth[1:-1, 1:-1]
+    is_labelled = center > 0
+    for neighbour in (depth[1:-1, 2:], depth[1:-1, :-2], depth[:-2, 1:-1], depth[2:, 1:-1]):
+        is_labelled &= (neighbour > 0) & ~_is_step(center, neighbour)
+    normals[:, 1:-1, 1:-1] = torch.where(is_labelled, inner, 0.0)
+    return normals
 
 
 def edges_from_labels(ids: Tensor | None, depth: Tensor | None) -> Tensor:
@@ -69,8 +70,7 @@ def edges_from_labels(ids: Tensor | None, depth: Tensor | None) -> Tensor:
     first = ids if ids is not None else depth
     if first is None:
         raise ValueError("edges need ids or depth; both are None")
-    is_edge = torch.zeros(first.shape, dtype=torch.bool)
-    is_known = torch.zeros(first.shape, dtype=torch.bool)
+    is_edge, is_known = torch.zeros(2, *first.shape, dtype=torch.bool)
     for dim in (0, 1):
         length = first.shape[dim] - 1
         here, there = (slice(None),) * dim + (slice(0, length),), (slice(None),) * dim + (slice(1, None),)

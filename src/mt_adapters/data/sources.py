@@ -76,8 +76,8 @@ def choose_labels(
 ) -> list[dict[str, str]]:
     """Per data set {task: label}: what the choices say, else the label of the task's own name.
 
-    Where no data set has a label of a task's own name, it reads that of its kind ("depth_far" reads "depth"). A task
-    for which a data set has no label is absent.
+    A task that no choice names, and of whose own name no data set has a label, reads the label of its kind
+    ("depth_far" reads "depth"). A task for which a data set has no label is absent.
 
     Raises:
         ValueError: if a choice names what is not there.
@@ -94,6 +94,7 @@ def choose_labels(
         found = {}
         for task, kind in kinds.items():
             is_named_somewhere = any(task in other.labels for other in datasets)
+            is_named_somewhere |= any(other.get(task) is not None for other in choices)
             label = choice.get(task, task if is_named_somewhere else kind)
             if label is not None and label in dataset.labels:
                 found[task] = label
