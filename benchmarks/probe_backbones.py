@@ -1,14 +1,12 @@
 """What does a frozen backbone know? Linear probes of several backbones side by side: same data, steps and seed.
 
-    python benchmarks/probe_backbones.py --data_dir ROOMS_FOLDER        # an hour on a CPU; goes on where it stopped
+    python benchmarks/probe_backbones.py --data_dir ROOMS_FOLDER    # minutes a row on a CPU; goes on where it stopped
     python benchmarks/probe_backbones.py --student outputs/distilled --rows student random
 
 Rows: the student (default: the backbone that the package ships), random weights of the same architecture, and the
-teacher that it was distilled from, seeing the student's image size and its own. A probe is a run of
-`examples/train_multitask.py` with `adapter: none` and `decoder: linear`: all feature maps, normalised, resized to the
-finest one and concatenated, and one 1x1 convolution per task. Labels have the size of the images, which the edges'
-tolerance of one pixel depends on. Runs that have ended are not repeated. Prints a table and writes --json: the results
-and settings of every run.
+teacher that it was distilled from. A probe is a run of `examples/train_multitask.py` with `adapter: none` and
+`decoder: linear`: all feature maps, normalised, resized to the finest one and concatenated, and one 1x1 convolution
+per task. Runs that have ended are not repeated. Prints a table and writes --json: results and settings of every run.
 """
 
 import argparse
@@ -39,8 +37,7 @@ PROBE: dict[str, Any] = {
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "student": ("student", {"backbone": "{student}"}),
     "random": ("random weights, same architecture", {"backbone_config": "{config}"}),
-    "teacher": ("teacher, same images", {"backbone": "{teacher}"}),
-    "teacher_224": ("teacher, images of 224 pixels", {"backbone": "{teacher}", "image_size": 224}),
+    "teacher": ("teacher", {"backbone": "{teacher}"}),
 }
 # Task, its metric, heading and digits.
 COLUMNS = (
