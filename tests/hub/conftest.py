@@ -9,6 +9,7 @@ from PIL import Image
 
 from hub_server import HubServer
 from mt_adapters import TASKS, VtaImageProcessorPil, VtaModel
+from mt_adapters.data import RoomsDataset
 from mt_adapters.hub.card import COLUMNS, PICTURES
 from mt_adapters.hub.record import describe
 from tiny_models import FAMILIES, make_backbone, randomize
@@ -53,6 +54,7 @@ def run_folder(model: VtaModel, tmp_path: Path) -> Path:
         "input_blind": results(0.5),
         "mean_gain": 12.5,
         "evaluation": "5 validation images of rooms at 64 x 64 pixels",
+        "datasets": {"rooms": RoomsDataset.summary},
         "steps": 4,
         "best_step": 4,
         "seconds": 60.0,
