@@ -43,6 +43,18 @@ def test_the_normal_of_a_plane_is_found_with_its_signs(normal: tuple[float, floa
     torch.testing.assert_close(inner[:, labelled], unit[:, None].expand(3, int(labelled.sum())), atol=1e-5, rtol=0)
 
 
+def test_normals_of_a_large_picture_are_worked_out_in_double_precision() -> None:
+    # Neighbours differ in the fourth digit.
+    columns, rows = torch.arange(64, dtype=torch.float64), torch.arange(48, dtype=torch.float64)
+    camera, unit = Intrinsics(4000.0, 4000.0, 1024.0, 512.0), torch.tensor([0.48, 0.6, 0.64], dtype=torch.float64)
+    x, y = (columns + 0.5 - 1024) / 4000, -(rows + 0.5 - 512) / 4000
+    depth = -50 / (unit[0] * x[None, :] + unit[1] * y[:, None] - unit[2])
+    expected = unit.float()[:, None, None].expand(3, 46, 62)
+    torch.testing.assert_close(normals_from_depth(depth, camera)[:, 1:-1, 1:-1], expected, atol=1e-5, rtol=0)
+    stored = depth.float()
+    assert torch.equal(normals_from_depth(stored, camera), normals_from_depth(stored.double(), camera))
+
+
 def test_points_stand_where_the_camera_sees_them() -> None:
     points = points_from_depth(torch.full((HEIGHT, WIDTH), 3.0), CAMERA)
     # Column 15 and row 12 hold the principal point; 30 and 28 pixels from it the ray has a slope of one.
@@ -76,7 +88,7 @@ def test_edges_are_borders_of_classes_and_steps_in_depth() -> None:
     ids = torch.zeros(6, 8, dtype=torch.int64)
     ids[:, 4:] = 1
     depth = torch.ones(6, 8)
-    depth[3:] = 1.07
+    depth[3:] = 1.0601
     both, of_ids, of_depth = (
         edges_from_labels(ids, depth),
         edges_from_labels(ids, None),
@@ -85,8 +97,17 @@ def test_edges_are_borders_of_classes_and_steps_in_depth() -> None:
     assert of_ids.nonzero().tolist() == [[row, 3] for row in range(6)]
     assert of_depth.nonzero().tolist() == [[2, column] for column in range(8)]
     assert torch.equal(both, torch.maximum(of_ids, of_depth))
-    # 6 % is no step.
+    # A step is more than 6 % of the nearer depth.
     assert not edges_from_labels(None, torch.where(depth > 1, 1.0599, 1.0)).any()
+
+
+def test_depth_that_is_not_known_makes_no_edge() -> None:
+    depth = torch.ones(5, 6)
+    depth[2, 3], depth[0, 0], depth[4, 1] = 0.0, 0.0, torch.nan
+    assert not edges_from_labels(torch.zeros(5, 6, dtype=torch.int64), depth).any()
+    edges = edges_from_labels(None, depth)
+    assert torch.equal(edges.isnan(), ~(depth > 0))
+    assert not edges.nan_to_num(0.0).any()
 
 
 def test_what_neither_labels_nor_depth_know_has_no_edge_label() -> None:

@@ -18,6 +18,7 @@ from mt_adapters.data.pascal_context import (
     PART_IDS,
     PascalContextDataset,
     borders,
+    fitted,
 )
 from mt_adapters.tasks import get_task
 
@@ -58,35 +59,31 @@ def test_known_values_come_back_in_ids_and_unit_vectors(folder: Path) -> None:
         task.check_label(labels[task.name][None], 1, *SIZE)
 
 
-def test_edges_are_those_of_the_authors_reader() -> None:
-    classes = np.full((9, 14), 158)
-    classes[:, 7:], classes[4:, 3:10], classes[6:8, 5:7] = 360, 284, 431
-    # Of cv2.Laplacian (5.0) and skimage.morphology.thin (0.26).
-    expected = """
-        ..............
-        ......#.......
-        ......#.......
-        ......#.......
-        ....#####.....
-        ...#.#...#....
-        ....#....#....
-        ...#.#...#....
-        ..#......#....
-    """
-    drawn = ["".join(".#"[pixel] for pixel in row) for row in borders(classes).astype(int)]
-    assert drawn == expected.split()
-    # Their quirk: where ids rise evenly from side to side the Laplacian is zero.
-    assert not borders(np.tile(np.array([2, 2, 3, 4, 4]), (5, 1)))[:, 2].any()
+# Class ids, and the edges that cv2.Laplacian (OpenCV 5.0) and skimage.morphology.thin (0.26) make of them; in the
+# second map the Laplacian is also zero where ids rise evenly from side to side.
+EDGES = [
+    (
+        "11111112222222 11111112222222 11111112222222 11111112222222 11133333332222 11133333332222 11144333332222",
+        ".............. ......#....... .......#...... ......#.#..... .....#.##..... ...##....#.... .....#...#....",
+    ),
+    (
+        "332233332 332233332 111133331 111133331 112233112 112233112",
+        "..##..... .#..#..#. .#.#...#. ..##...#. ..#.###.. ...#.....",
+    ),
+]
 
 
-def test_a_label_map_of_floating_point_and_the_rows_of_a_smaller_one_are_read(folder: Path) -> None:
+@pytest.mark.parametrize(("ids", "edges"), EDGES, ids=range(2))
+def test_edges_are_those_of_the_authors_reader(ids: str, edges: str) -> None:
+    classes = np.array([[int(number) for number in row] for row in ids.split()])
+    assert ["".join(".#"[pixel] for pixel in row) for row in borders(classes).astype(int)] == edges.split()
+
+
+def test_a_label_map_of_floating_point_is_read(folder: Path) -> None:
     file = folder / f"pascal-context/trainval/{FIRST}.mat"
-    before = PascalContextDataset("train", folder)[0]["labels"]
-    stored = scipy.io.loadmat(file)["LabelMap"]
-    scipy.io.savemat(file, {"LabelMap": stored.astype(np.float64)})
-    assert torch.equal(PascalContextDataset("train", folder)[0]["labels"]["edges"], before["edges"])
-    scipy.io.savemat(file, {"LabelMap": stored[::2, ::2]})
-    assert torch.equal(PascalContextDataset("train", folder)[0]["labels"]["normals"], before["normals"])
+    before = PascalContextDataset("train", folder)[0]["labels"]["edges"]
+    scipy.io.savemat(file, {"LabelMap": scipy.io.loadmat(file)["LabelMap"].astype(np.float64)})
+    assert torch.equal(PascalContextDataset("train", folder)[0]["labels"]["edges"], before)
 
 
 def test_a_copy_in_another_process_reads_the_same(folder: Path) -> None:
@@ -129,17 +126,35 @@ def test_the_tables_hold_what_the_literature_groups() -> None:
     assert not {360, 347, 258} & set(INDOOR_CLASSES.tolist())
 
 
-def test_maps_of_the_images_shape_are_resized_and_others_refused(folder: Path) -> None:
-    small = np.zeros((24, 32), dtype=np.uint8)
-    small[:12] = 255
-    file = folder / f"sal_distill/{FIRST}.png"
-    Image.fromarray(small).save(file)
-    saliency = PascalContextDataset("train", folder)[0]["labels"]["saliency"]
-    assert (saliency[:24] == 1).all()
-    assert (saliency[24:] == 0).all()
-    Image.fromarray(np.zeros((32, 32), dtype=np.uint8)).save(file)
-    with pytest.raises(BadSampleError, match=r"sal_distill.*is 32 x 32 pixels, but the image is 48 x 64"):
-        PascalContextDataset("train", folder)[0]
+def test_every_map_of_the_images_shape_is_resized(folder: Path) -> None:
+    before = PascalContextDataset("train", folder)[0]["labels"]
+    for name in ("semseg/VOC12", "normals_distill", "sal_distill"):
+        file = folder / f"{name}/{FIRST}.png"
+        with Image.open(file) as picture:
+            picture.resize((3 * SIZE[1], 3 * SIZE[0]), Image.Resampling.NEAREST).save(file)
+    file = folder / f"pascal-context/trainval/{FIRST}.mat"
+    scipy.io.savemat(file, {"LabelMap": scipy.io.loadmat(file)["LabelMap"].repeat(3, axis=0).repeat(3, axis=1)})
+    parts = {"head": (12, 24), "lfoot": (24, 36), "torso": (36, 48)}
+    write_parts(folder / f"human_parts/{FIRST}.mat", [thing(15, (3 * SIZE[0], 3 * SIZE[1]), parts)])
+    labels = PascalContextDataset("train", folder)[0]["labels"]
+    assert labels.keys() == before.keys()
+    assert all(torch.equal(labels[name], before[name]) for name in labels)
+
+
+def test_a_resized_map_takes_the_nearest_pixel() -> None:
+    large = np.zeros((9, 12), dtype=np.uint8)
+    large[1::3, 1::3] = np.arange(12).reshape(3, 4)
+    assert np.array_equal(fitted(large, (3, 4), Path("map")), np.arange(12).reshape(3, 4))
+
+
+@pytest.mark.parametrize(("size", "fits"), [((24, 32), True), ((25, 32), True), ((26, 32), False), ((32, 32), False)])
+def test_a_map_of_another_shape_by_more_than_a_pixel_is_refused(size: tuple[int, int], fits: bool) -> None:
+    map_ = np.zeros(size, dtype=np.uint8)
+    if fits:
+        assert fitted(map_, SIZE, Path("map.png")).shape == SIZE
+        return
+    with pytest.raises(BadSampleError, match=rf"map\.png.*is {size[0]} x {size[1]} pixels, but the image is 48 x 64"):
+        fitted(map_, SIZE, Path("map.png"))
 
 
 def wrong_png(name: str, array: np.ndarray) -> Callable[[Path], None]:
@@ -178,6 +193,16 @@ GREY = np.zeros(SIZE, dtype=np.uint8)
             r"trainval.*LabelMap holds class id 460; ids are 0 to 459",
         ),
         (
+            lambda folder: scipy.io.savemat(
+                folder / f"pascal-context/trainval/{FIRST}.mat", {"LabelMap": GREY.astype(np.int16) - 1}
+            ),
+            r"trainval.*LabelMap holds class id -1; ids are 0 to 459",
+        ),
+        (
+            lambda folder: scipy.io.savemat(folder / f"pascal-context/trainval/{FIRST}.mat", {"LabelMap": GREY + 0.5}),
+            r"trainval.*LabelMap: is float64 .* whole numbers",
+        ),
+        (
             lambda folder: write_parts(folder / f"human_parts/{FIRST}.mat", [thing(15, SIZE, {"tail": (0, 4)})]),
             r"human_parts.*no annotation of parts \(KeyError\('tail'\)\)",
         ),
@@ -186,7 +211,7 @@ GREY = np.zeros(SIZE, dtype=np.uint8)
             r"human_parts.*it must have 'anno'",
         ),
     ],
-    ids=range(13),
+    ids=range(15),
 )
 def test_a_bad_file_is_named_with_the_rule(folder: Path, damage: Callable[[Path], None], rule: str) -> None:
     damage(folder)

@@ -41,7 +41,7 @@ def normals_from_depth(depth: Tensor, camera: Intrinsics) -> Tensor:
     pixel without depth, and where a neighbour lies on another surface (`DEPTH_STEP`).
     """
     normals = torch.zeros(3, *depth.shape)
-    points = points_from_depth(depth.nan_to_num(0.0).double(), camera)
+    points = points_from_depth(depth.double(), camera)
     right = points[:, 1:-1, 2:] - points[:, 1:-1, :-2]
     up = points[:, :-2, 1:-1] - points[:, 2:, 1:-1]
     # Written out: torch's functions over the first dimension are many times slower on CPUs.

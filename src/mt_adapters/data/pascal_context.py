@@ -203,7 +203,7 @@ class PascalContextDataset(FolderDataset):
         label = None
         try:
             for person in anno["objects"][0, 0].flat:
-                if int(person["class_ind"].item()) != PERSON or not person["parts"].size:
+                if int(person["class_ind"].item()) != PERSON:
                     continue
                 for part in person["parts"].flat:
                     mask, name = part["mask"].astype(bool), str(part["part_name"].item())
