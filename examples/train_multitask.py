@@ -96,6 +96,7 @@ def run_record(
     state: LoopState,
     baseline: Results,
     arguments: Arguments,
+    train_set: Mixture,
     validation_set: Mixture,
     accelerator: Accelerator,
 ) -> dict:
@@ -114,7 +115,8 @@ def run_record(
         "mean_gain": best["score"],
         "evaluation": f"{len(validation_set)} validation images of {' and '.join(validation_set.names)} "
         f"at {side} x {side} pixels",
-        "datasets": dict(zip(validation_set.names, validation_set.summaries, strict=True)),
+        "datasets": dict(zip(train_set.names, train_set.summaries, strict=True)),
+        "evaluated_on": validation_set.names,
         "bad_samples": {key: state.bad_samples[key] for key in ("num_drawn", "num_bad")},
         # In how many updates each task took part, and how many it missed for want of a usable gradient.
         "affinity_updates": {
@@ -158,7 +160,7 @@ def main() -> None:
     state = train(model, train_set, validation_set, data, training, accelerator, baseline, multitask)
 
     if accelerator.is_main_process:
-        record = run_record(model, state, baseline, arguments, validation_set, accelerator)
+        record = run_record(model, state, baseline, arguments, train_set, validation_set, accelerator)
         model.save_pretrained(output)
         processor = VtaImageProcessorPil(size={"height": side, "width": side}, tasks=model.config.tasks)
         processor.save_pretrained(output)

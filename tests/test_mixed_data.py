@@ -9,7 +9,10 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from huggingface_hub import ModelCard
 
+from layouts.cityscapes import write_cityscapes
+from layouts.vkitti2 import write_vkitti2
 from programs import NUM_TRAIN, NUM_VALIDATION, RECIPE, SIZE, run_program, write_recipe
 
 THREE_STEPS = ("--max_steps", 3, "--checkpoint_steps", 3)
@@ -88,6 +91,29 @@ def test_sources_with_other_tasks_and_weights_train_one_model(
     card = (output / "README.md").read_text()
     assert "Trained and evaluated on rooms: path-traced" in card
     assert "| edges | L1 | nan |" in card
+
+
+def test_a_card_names_every_set_that_was_trained_on_and_evaluates_those_that_are_to_be(
+    tmp_path: Path, backbone_folder: Path
+) -> None:
+    sources = []
+    for name, write in (("vkitti2", write_vkitti2), ("cityscapes", write_cityscapes)):
+        folder = tmp_path / name
+        folder.mkdir()
+        write(folder)
+        options = {"num_classes": 8}
+        sources.append({"dataset": name, "data_dir": str(folder), "options": options, "evaluate": name == "vkitti2"})
+    settings = {"backbone": str(backbone_folder), "tasks": ["semseg", "depth"], "sources": sources}
+    output = tmp_path / "output"
+    recipe = write_recipe(tmp_path, **RECIPE | settings)
+    run_program("train_multitask.py", "--recipe", recipe, *THREE_STEPS, "--output_dir", output)
+    metrics, card = read_metrics(output), (output / "README.md").read_text()
+    assert list(metrics["datasets"]) == ["vkitti2", "cityscapes"]
+    assert metrics["evaluated_on"] == ["vkitti2"]
+    assert "validation images of vkitti2 at" in metrics["evaluation"]
+    assert "Evaluated on vkitti2; trained on Virtual KITTI 2" in card
+    assert "Cityscapes (fine labels" in card
+    assert {result.dataset_type for result in ModelCard(card).data.eval_results} == {"vkitti2"}
 
 
 @pytest.fixture

@@ -137,7 +137,7 @@ def eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
         EvalResult(
             task_type=HUB_TASKS.get(kind, "image-to-image"),
             task_name=task,
-            dataset_type=" and ".join(data_sets(record)),
+            dataset_type=" and ".join(record.get("evaluated_on", data_sets(record))),
             dataset_name=record["evaluation"],
             # Entries of one task type on one data set would be merged into one.
             dataset_config=task,
@@ -220,7 +220,7 @@ def results(record: Mapping[str, Any]) -> str:
 
 
 def data_sets(record: Mapping[str, Any]) -> Mapping[str, str]:
-    """{name: what it is and its licence}; a record of an earlier version has the name alone."""
+    """What it was trained on, {name: what it is and its licence}; a record of an earlier version has the name alone."""
     name = record["arguments"]["dataset"]
     return record.get("datasets", {name: name})
 
@@ -229,12 +229,19 @@ def training(record: Mapping[str, Any]) -> str:
     versions = f"Versions: {', '.join(f'{name} {number}' for name, number in record['versions'].items())}."
     if "command" not in record:
         return f"## Training\n\nNo record of the training was kept with these weights. {versions}"
-    arguments, data = record["arguments"], "; and ".join(data_sets(record).values())
+    arguments, sets = record["arguments"], data_sets(record)
+    evaluated = record.get("evaluated_on", [*sets])
+    data = (
+        "Trained and evaluated on "
+        if set(evaluated) == set(sets)
+        else f"Evaluated on {', '.join(evaluated)}; trained on "
+    )
+    data += "; and ".join(sets.values())
     return (
         f"## Training\n\n{record['steps']} steps in {record['seconds'] / 60:.1f} minutes on {record['device']}; "
         f"the best evaluation was after step {record['best_step']}.\n\n```\n{record['command']}\n```\n\n"
         f"```json\n{json.dumps(arguments, indent=1)}\n```\n\n{versions}\n\n## Data and licences\n\n"
-        f"Trained and evaluated on {data}. The weights' licence is in the card's metadata; the backbone keeps its own."
+        f"{data}. The weights' licence is in the card's metadata; the backbone keeps its own."
     )
 
 
