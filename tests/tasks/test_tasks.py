@@ -108,14 +108,14 @@ def test_no_label_is_accepted_and_gives_no_loss_and_no_gradient(kind):
 @kinds
 def test_a_mirrored_label_belongs_to_the_mirrored_image(kind):
     task, label = get_task(ROWS[kind].spec), make_labels(SIZE)[kind]
-    flipped = task.flip(label)
+    flipped = task.mirror_values(label.flip(-1))
     for column in range(SIZE[1]):
         expected = label[..., SIZE[1] - 1 - column].clone()
         if kind == "normals":
             expected[:, 0] *= -1
         assert same(flipped[..., column], expected)
-    assert same(task.flip(flipped), label)
-    assert same(task.flip(label[0]), flipped[0])
+    assert same(task.mirror_values(flipped.flip(-1)), label)
+    assert same(task.mirror_values(label[0].flip(-1)), flipped[0])
     task.check_label(flipped, 2, *SIZE)
 
 

@@ -108,7 +108,8 @@ class EvalTransform:
 class TrainTransform(EvalTransform):
     """A random crop, resized, flipped and with its colours jittered; all randomness comes from the `rng` of the call.
 
-    Input, result and errors are those of `EvalTransform`; the labels follow the crop and the flip (`Task.mirror_values`).
+    Input, result and errors are those of `EvalTransform`; the labels follow the crop and are mirrored with the image
+    (`Task.mirror_values`).
 
     Args:
         tasks: the tasks whose labels are wanted.

@@ -220,7 +220,7 @@ def results(record: Mapping[str, Any]) -> str:
 
 
 def data_sets(record: Mapping[str, Any]) -> Mapping[str, str]:
-    """What it was trained on, {name: what it is and its licence}; a record of an earlier version has the name alone."""
+    """Of the training sets {name: what it is and its licence}; a record of an earlier version has the name alone."""
     name = record["arguments"]["dataset"]
     return record.get("datasets", {name: name})
 
@@ -231,12 +231,8 @@ def training(record: Mapping[str, Any]) -> str:
         return f"## Training\n\nNo record of the training was kept with these weights. {versions}"
     arguments, sets = record["arguments"], data_sets(record)
     evaluated = record.get("evaluated_on", [*sets])
-    data = (
-        "Trained and evaluated on "
-        if set(evaluated) == set(sets)
-        else f"Evaluated on {', '.join(evaluated)}; trained on "
-    )
-    data += "; and ".join(sets.values())
+    use = "Trained and evaluated" if set(evaluated) == set(sets) else f"Evaluated on {', '.join(evaluated)}; trained"
+    data = f"{use} on {'; and '.join(sets.values())}"
     return (
         f"## Training\n\n{record['steps']} steps in {record['seconds'] / 60:.1f} minutes on {record['device']}; "
         f"the best evaluation was after step {record['best_step']}.\n\n```\n{record['command']}\n```\n\n"

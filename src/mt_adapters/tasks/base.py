@@ -85,12 +85,8 @@ class Task(ABC):
         """A label map (one image) that says "not labelled" at every pixel."""
         return torch.full(self.label_shape(1, height, width)[1:], self.unlabelled)
 
-    def flip(self, label: Tensor) -> Tensor:
-        """The label of the image mirrored left to right."""
-        return self.mirror_values(label.flip(-1))
-
     def mirror_values(self, label: Tensor) -> Tensor:
-        """What remains to be done with a label whose columns stand in the order of the mirrored image."""
+        """The values of a label whose columns already stand in the order of the image mirrored left to right."""
         return label
 
     def check_label(self, label: Tensor, batch_size: int, height: int, width: int) -> None:

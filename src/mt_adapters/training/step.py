@@ -163,7 +163,7 @@ class MultitaskStep:
             total_T = self.accelerator.reduce(total_T, "sum")
         num_batches = len(labels) * self.accelerator.num_processes
         # In whole numbers up to the division: a factor is exactly 1 where all batches have as many labels.
-        return torch.where(total_T > 0, counts_AT * num_batches / total_T.clamp(min=1), 1.0).double().cpu()
+        return torch.where(total_T > 0, (counts_AT * num_batches).double() / total_T.clamp(min=1), 1.0).cpu()
 
     def backward(self, pixel_values: Tensor, labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Adds the gradients of one batch to the parameters'; returns the unweighted losses, detached.
