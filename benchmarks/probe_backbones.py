@@ -2,11 +2,13 @@
 
     python benchmarks/probe_backbones.py --data_dir ROOMS_FOLDER    # minutes a row on a CPU; goes on where it stopped
     python benchmarks/probe_backbones.py --student outputs/distilled --rows student random
+    python benchmarks/probe_backbones.py --recipe examples/recipes/rooms_demo.yaml --rows student random
 
 Rows: the student (default: the backbone that the package ships), random weights of the same architecture, and the
 teacher that it was distilled from. A probe is a run of `examples/train_multitask.py` with `adapter: none` and
 `decoder: linear`: all feature maps, normalised, resized to the finest one and concatenated, and one 1x1 convolution
-per task. Runs that have ended are not repeated. Prints a table and writes --json: results and settings of every run.
+per task. With `--recipe` each run is what the recipe says, on the row's backbone. Runs that have ended are not
+repeated. Prints a table and writes --json: results and settings of every run.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mt_adapters.backbones import load_backbone
+from mt_adapters.training.arguments import read_recipe
 
 PROGRAM = Path(__file__).parents[1] / "examples" / "train_multitask.py"
 PROBE: dict[str, Any] = {
@@ -39,12 +42,12 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "random": ("random weights, same architecture", {"backbone_config": "{config}"}),
     "teacher": ("teacher", {"backbone": "{teacher}"}),
 }
-# Task, its metric, heading and digits.
+# Task, its metric, heading, digits, and the sign of what is better.
 COLUMNS = (
-    ("semseg", "miou", "mIoU", 3),
-    ("depth", "rmse", "depth RMSE, m", 3),
-    ("normals", "mean_angle", "normals, °", 2),
-    ("edges", "f", "edges F", 3),
+    ("semseg", "miou", "mIoU", 3, 1),
+    ("depth", "rmse", "depth RMSE, m", 3, -1),
+    ("normals", "mean_angle", "normals, °", 2, -1),
+    ("edges", "f", "edges F", 3, 1),
 )
 
 
@@ -57,7 +60,12 @@ def random_config(student: str) -> dict[str, Any]:
 
 def recipe(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
     filled = {"{student}": arguments.student, "{teacher}": arguments.teacher}
-    settings = PROBE | {"max_steps": arguments.max_steps, "seed": arguments.seed} | ROWS[row][1]
+    settings = dict(PROBE)
+    if arguments.recipe is not None:
+        own = ("backbone", "backbone_config", "output_dir")
+        settings = {name: value for name, value in read_recipe(arguments.recipe).items() if name not in own}
+    told = {name: getattr(arguments, name) for name in ("max_steps", "seed")}
+    settings |= {name: value for name, value in told.items() if value is not None} | ROWS[row][1]
     settings = {
         name: random_config(arguments.student) if value == "{config}" else filled.get(str(value), value)
         for name, value in settings.items()
@@ -76,14 +84,22 @@ def run(row: str, folder: Path, arguments: argparse.Namespace) -> None:
         subprocess.run(command, check=True, stdout=log, stderr=log)
 
 
+def gains(results: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[float]:
+    """How much better than the baseline's each column is, in percent of the baseline's."""
+    return [sign * 100 * (results[task][metric] / baseline[task][metric] - 1) for task, metric, _, _, sign in COLUMNS]
+
+
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """A Markdown table of the runs' results, with the predictor that never looks at the image."""
-    lines = ["| backbone | " + " | ".join(heading for _, _, heading, _ in COLUMNS) + " |", "|---|---|---|---|---|"]
+    lines = ["| backbone | " + " | ".join(column[2] for column in COLUMNS) + " |", "|---|---|---|---|---|"]
     results = {ROWS[row][0]: record["results"] for row, record in rows.items()}
     results["no backbone: input-blind"] = next(iter(rows.values()))["input_blind"]
     for name, of_tasks in results.items():
-        values = [f"{of_tasks[task][metric]:.{digits}f}" for task, metric, _, digits in COLUMNS]
+        values = [f"{of_tasks[task][metric]:.{digits}f}" for task, metric, _, digits, _ in COLUMNS]
         lines.append(f"| {name} | {' | '.join(values)} |")
+    if {"student", "random"} <= rows.keys():
+        values = [f"{value:+.0f} %" for value in gains(rows["student"]["results"], rows["random"]["results"])]
+        lines.append(f"| student, better than random by | {' | '.join(values)} |")
     return "\n".join(lines)
 
 
@@ -93,8 +109,9 @@ def main() -> None:
     parser.add_argument("--student", default="mt-adapters/swin-nano-rooms", help="name or folder of the backbone")
     parser.add_argument("--teacher", default="facebook/dinov2-small", help="Hub id or folder of its teacher")
     parser.add_argument("--data_dir", help="folder of the rooms set; default: the shipped sample")
-    parser.add_argument("--max_steps", type=int, default=PROBE["max_steps"])
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--recipe", type=Path, help="what is trained on each backbone; default: a linear probe")
+    parser.add_argument("--max_steps", type=int, help="default: the recipe's")
+    parser.add_argument("--seed", type=int, help="default: the recipe's")
     parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="no")
     parser.add_argument("--output", type=Path, default=Path("outputs/probe_backbones"))
     parser.add_argument("--json", type=Path, help="where the results go; default: probe.json in --output")

@@ -8,13 +8,12 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from mt_adapters import VtaModel
-
+# An adapter and its backbone, which come with the package.
+SHIPPED_MODEL = "mt-adapters/vta-swin-nano-rooms"
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 app = typer.Typer(
@@ -32,20 +31,6 @@ Backbone = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
-def load(source: str, backbone: str | None = None, tasks: Sequence[str] | None = None) -> "VtaModel":
-    """The model in eval mode, whichever kind the folder or repository holds."""
-    from mt_adapters import VtaModel
-    from mt_adapters.hub.download import holds_adapter, readable_weight_errors
-
-    with readable_weight_errors(source):
-        is_adapter = holds_adapter(source)
-    if is_adapter:
-        return VtaModel.from_adapter(source, backbone=backbone, tasks=tasks)
-    if backbone is not None:
-        raise ValueError(f"{source!r} holds a full model with a backbone of its own: leave --backbone out")
-    return VtaModel.from_pretrained(source).eval()
-
-
 def show(value: Any) -> None:
     typer.echo(json.dumps(value, indent=1))
 
@@ -55,8 +40,9 @@ def info(source: Source, backbone: Backbone = None, as_json: AsJson = False) -> 
     """What a model is: its config, tasks, task affinities and parameters."""
     from mt_adapters.hub.card import affinity_table, head_table, parameter_table, summary
     from mt_adapters.hub.record import describe
+    from mt_adapters.models.loading import load_model
 
-    model = load(source, backbone)
+    model = load_model(source, backbone)
     record = describe(model)
     if as_json:
         show(record | {"config": json.loads(model.config.to_json_string(use_diff=True))})
@@ -75,7 +61,7 @@ def predict(
     pictures: Annotated[
         list[Path], typer.Argument(help="Picture files, or folders of pictures.", show_default=False, exists=True)
     ],
-    model: Annotated[str, typer.Option(help="Folder or Hub id of a full model or an adapter.")] = "outputs/demo",
+    model: Annotated[str, typer.Option(help="Folder or Hub id of a full model or an adapter.")] = SHIPPED_MODEL,
     output_dir: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/predictions"),
     task: Annotated[list[str] | None, typer.Option(help="A task to predict (may be repeated); default: all.")] = None,
     arrays: Annotated[bool, typer.Option(help="Also write NAME.npz with the values of all tasks.")] = True,
@@ -87,16 +73,11 @@ def predict(
     A picture that cannot be read is named at the end; the others are done, and the exit status is 1.
     """
     import numpy as np
-    from transformers import AutoImageProcessor
 
     from mt_adapters.pipelines import MultitaskDensePredictionPipeline
 
     paths = list(find_pictures(pictures))
-    pipe = MultitaskDensePredictionPipeline(
-        load(model, backbone, task or None),
-        image_processor=AutoImageProcessor.from_pretrained(model),
-        tasks=task or None,
-    )
+    pipe = MultitaskDensePredictionPipeline.from_pretrained(model, backbone, task or None)
     output_dir.mkdir(parents=True, exist_ok=True)
     results, problems = [], []
     for path, name in zip(paths, distinct_names(paths), strict=True):
@@ -159,10 +140,12 @@ def evaluate(
     """
     import torch
     from accelerate import Accelerator, DataLoaderConfiguration
-    from transformers import AutoImageProcessor
 
+    from mt_adapters import VtaImageProcessorPil
     from mt_adapters.data import get_dataset
     from mt_adapters.hub.card import metrics_table
+    from mt_adapters.hub.shipped import local_source
+    from mt_adapters.models.loading import load_model
     from mt_adapters.training.evaluation import eval_loader
     from mt_adapters.training.evaluation import evaluate as measure
 
@@ -171,8 +154,8 @@ def evaluate(
         cpu=not torch.accelerator.is_available(),
         dataloader_config=DataLoaderConfiguration(even_batches=False),
     )
-    model = load(source, backbone)
-    side = image_size or AutoImageProcessor.from_pretrained(source).size["height"]
+    model = load_model(source, backbone)
+    side = image_size or VtaImageProcessorPil.from_pretrained(local_source(source)).size["height"]
     validation_set: Any = get_dataset(dataset)("validation", data_dir)
     loader = eval_loader(validation_set, model.tasks, side, batch_size, num_workers)
     results = measure(model.to(accelerator.device), accelerator.prepare(loader), accelerator)
@@ -223,8 +206,9 @@ def push(
 ) -> None:
     """Publish a model or adapter with its image processor, card, results and pictures, in one commit."""
     from mt_adapters.hub.download import holds_adapter
+    from mt_adapters.models.loading import load_model
 
-    model = load(str(folder), backbone)
+    model = load_model(str(folder), backbone)
     publish = model.push_adapter_to_hub if adapter or holds_adapter(folder) else model.push_to_hub
     url = publish(
         repo_id,

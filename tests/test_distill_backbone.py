@@ -19,7 +19,7 @@ from transformers import AutoModel
 
 from mt_adapters.backbones import get_family
 from mt_adapters.distillation.arguments import DistillationArguments
-from mt_adapters.hub.shipped import SHIPPED_BACKBONES
+from mt_adapters.hub.shipped import SHIPPED
 from programs import BACKBONE_CONFIG, SIZE, run_program, start_program
 from tiny_models import make_backbone
 
@@ -139,7 +139,7 @@ def test_a_finished_run_that_is_resumed_writes_its_model_again(
 
 def test_the_default_student_is_what_the_package_ships() -> None:
     config = student_config(DistillationArguments())
-    shipped = json.loads((SHIPPED_BACKBONES["mt-adapters/swin-nano-rooms"] / "config.json").read_text())
+    shipped = json.loads((SHIPPED["mt-adapters/swin-nano-rooms"] / "config.json").read_text())
     assert {name: shipped[name] for name in STUDENT} == STUDENT
     # The paper's layout: four stages, the last one 8C wide.
     assert get_family("swin").stage_channels(config) == [40, 80, 160, 320]

@@ -9,10 +9,14 @@ from benchmarks.probe_backbones import COLUMNS, ROWS, recipe, table
 
 from mt_adapters.training.arguments import read_recipe
 
+RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
+
 
 @pytest.fixture
 def arguments(backbone_folder: Path) -> argparse.Namespace:
-    return argparse.Namespace(student=str(backbone_folder), teacher="facebook/dinov2-small", max_steps=7, seed=3)
+    return argparse.Namespace(
+        student=str(backbone_folder), teacher="facebook/dinov2-small", recipe=None, max_steps=7, seed=None
+    )
 
 
 def test_the_rows_differ_in_the_backbone_only(tmp_path: Path, arguments: argparse.Namespace) -> None:
@@ -30,13 +34,26 @@ def test_the_rows_differ_in_the_backbone_only(tmp_path: Path, arguments: argpars
     assert (shared[0]["adapter"], shared[0]["decoder"], shared[0]["max_steps"]) == ("none", "linear", 7)
 
 
+def test_a_recipe_is_run_on_the_backbone_of_each_row(arguments: argparse.Namespace) -> None:
+    arguments.recipe = RECIPES / "rooms_demo.yaml"
+    runs = {row: recipe(row, arguments) for row in ("student", "random")}
+    assert runs["student"].pop("backbone") == arguments.student
+    assert runs["random"].pop("backbone_config")["embed_dim"] == 8
+    assert runs["student"] == runs["random"]
+    told = read_recipe(arguments.recipe)
+    assert runs["student"] == {key: told[key] for key in told.keys() - {"backbone", "output_dir"}} | {"max_steps": 7}
+
+
 def test_a_table_has_a_row_per_run_and_the_input_blind_predictor() -> None:
     def results(value: float) -> dict[str, dict[str, float]]:
         return {task: {metric: value} for task, metric, *_ in COLUMNS}
 
-    rows = {"student": {"results": results(0.25), "input_blind": results(0.125)}, "random": {"results": results(1)}}
+    rows = {"student": {"results": results(0.25), "input_blind": results(0.125)}, "teacher": {"results": results(1)}}
     assert table(rows).splitlines()[2:] == [
         "| student | 0.250 | 0.250 | 0.25 | 0.250 |",
-        "| random weights, same architecture | 1.000 | 1.000 | 1.00 | 1.000 |",
+        "| teacher | 1.000 | 1.000 | 1.00 | 1.000 |",
         "| no backbone: input-blind | 0.125 | 0.125 | 0.12 | 0.125 |",
     ]
+    # Higher is better, but for depth's and normals' errors.
+    rows["random"] = {"results": results(0.2)}
+    assert table(rows).splitlines()[-1] == "| student, better than random by | +25 % | -25 % | -25 % | +25 % |"

@@ -1,9 +1,11 @@
 """A page on which a trained model predicts the maps of your own pictures: a Gradio app, and a Hugging Face Space.
 
     pip install -r examples/space/requirements.txt
+    python examples/space/app.py
     python examples/space/app.py outputs/demo
 
-The model is a folder or Hub id, of a whole model or of an adapter; a Space reads it from its variable MODEL_ID.
+The model is a folder or Hub id, of a whole model or of an adapter; by default the adapter that comes with the package.
+A Space reads it from its variable MODEL_ID.
 """
 
 import argparse
@@ -17,14 +19,11 @@ import numpy as np
 import pyarrow.parquet
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, pipeline
-from transformers.utils.peft_utils import find_adapter_config_file
 
-from mt_adapters import VtaModel
+from mt_adapters import MultitaskDensePredictionPipeline, VtaModel
 from mt_adapters.data.rooms import SAMPLE_DIR
 from mt_adapters.tasks.base import Task
 
-PIPELINE = "multitask-dense-prediction"
 EXAMPLE_FRAMES = (3, 19, 38, 52)
 # Maps are as large as the picture, and in between there is a number per pixel and class: a phone's photo takes GBs.
 LONGEST_SIDE = 1024
@@ -43,14 +42,6 @@ CSS = """
 """
 # Fonts that gradio ships, so that the page asks no other machine for any; its semibold one lacks most letters.
 FONTS = [gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "system-ui", "sans-serif"]
-
-
-def load(source: str) -> Any:
-    """The pipeline of a model, or of an adapter on its backbone; `source` is a folder or Hub id."""
-    if find_adapter_config_file(source) is None:
-        return pipeline(PIPELINE, model=source)
-    processor = AutoImageProcessor.from_pretrained(source)
-    return pipeline(PIPELINE, model=VtaModel.from_adapter(source), image_processor=processor)
 
 
 def css_color(rgb: torch.Tensor) -> str:
@@ -169,10 +160,10 @@ def build_page(pipe: Any, source: str) -> gr.Blocks:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = os.environ.get("MODEL_ID", "outputs/demo")
-    parser.add_argument("model", nargs="?", default=default, help="default: $MODEL_ID, or what `make demo` trained")
+    default = os.environ.get("MODEL_ID", "mt-adapters/vta-swin-nano-rooms")
+    parser.add_argument("model", nargs="?", default=default, help="default: $MODEL_ID, or what comes with the package")
     source = parser.parse_args().model
-    build_page(load(source), source).launch(
+    build_page(MultitaskDensePredictionPipeline.from_pretrained(source), source).launch(
         css=CSS, theme=gr.themes.Default(font=FONTS), footer_links=["api", "gradio"]
     )
 

@@ -2,12 +2,17 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from transformers import Pipeline
 from transformers.image_utils import load_image
+
+from mt_adapters.hub.shipped import local_source
+from mt_adapters.models.loading import load_model
+from mt_adapters.models.vta.image_processing_pil_vta import VtaImageProcessorPil
 
 PIPELINE_TASK = "multitask-dense-prediction"
 # No task can have this name, so it may stand beside the tasks' logits: transformers takes only flat dicts apart.
@@ -28,7 +33,8 @@ class MultitaskDensePredictionPipeline(Pipeline):
     Example:
         >>> import mt_adapters
         >>> from transformers import pipeline
-        >>> pipe = pipeline("multitask-dense-prediction", model="outputs/demo")
+        >>> pipe = pipeline("multitask-dense-prediction", model="outputs/demo")  # of a full model
+        >>> pipe = MultitaskDensePredictionPipeline.from_pretrained("outputs/demo/adapter")  # also of an adapter
         >>> maps = pipe("photo.jpg", tasks=["depth"])
         >>> maps["depth"]["map"].shape  # metres
         (480, 640)
@@ -49,6 +55,31 @@ class MultitaskDensePredictionPipeline(Pipeline):
             raise ValueError(f"the model is a {type(model).__name__}; this pipeline takes a VtaModel")
         super().__init__(model, *args, **kwargs)
         self.model.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        backbone: str | Path | None = None,
+        tasks: Sequence[str] | None = None,
+        device: Any = None,
+        **options: Any,
+    ) -> "MultitaskDensePredictionPipeline":
+        """The pipeline of a full model or, which `transformers.pipeline` cannot do, of an adapter on its backbone.
+
+        Args:
+            source: a folder, a Hub id, or a name of `hub.shipped.SHIPPED`.
+            backbone: an adapter's, if it is not the one of its config.
+            tasks: names of the tasks to run, and of an adapter to load; default: all.
+            device: as in `Pipeline`; default: that of `Pipeline`.
+            options: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
+
+        Raises:
+            ValueError: as `load_model`; or if the model does not have one of `tasks`.
+        """
+        model = load_model(source, backbone, tasks, **options)
+        processor = VtaImageProcessorPil.from_pretrained(local_source(source), **options)
+        return cls(model, image_processor=processor, tasks=tasks, device=device)
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """One dict per picture: {task: {"map": array in the labels' units, "picture": the map as an RGB picture}}.

@@ -21,10 +21,10 @@ from mt_adapters.hub import shipped
 from mt_adapters.hub.card import model_card
 from mt_adapters.hub.push import rename_backbone
 from mt_adapters.hub.record import describe
-from mt_adapters.hub.shipped import SHIPPED_BACKBONES
+from mt_adapters.hub.shipped import SHIPPED
 
 NAME = "mt-adapters/swin-nano-rooms"
-FOLDER = SHIPPED_BACKBONES[NAME]
+FOLDER = SHIPPED[NAME]
 RECORD = "distillation.json"
 SOURCE = Path(shipped.__file__).parents[1]
 
@@ -104,7 +104,7 @@ def test_a_card_names_it_and_claims_no_repository_for_it():
 
 def test_an_installation_without_its_weights_says_what_to_do(tmp_path, monkeypatch):
     shutil.copy(FOLDER / "config.json", tmp_path)
-    monkeypatch.setitem(SHIPPED_BACKBONES, NAME, tmp_path)
+    monkeypatch.setitem(SHIPPED, NAME, tmp_path)
     with pytest.raises(ValueError, match=r"the weights of 'mt-adapters/swin-nano-rooms' are missing.*was packed with"):
         VtaModel.from_backbone(NAME, tasks=["depth"])
 

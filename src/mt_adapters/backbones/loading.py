@@ -10,13 +10,13 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from mt_adapters.backbones.base import BackboneFamily
 from mt_adapters.backbones.table import get_family
 from mt_adapters.hub.download import check_size, pinned, readable_weight_errors, weight_files
-from mt_adapters.hub.shipped import is_shipped, shipped_folder
+from mt_adapters.hub.shipped import is_shipped, local_source
 
 
 def load_backbone(source: str | Path | PreTrainedConfig, **options: Any) -> PreTrainedModel:
     """The headless model of a Hub id or folder with its pretrained weights in float32, or, from a config, a new one.
 
-    A name of `SHIPPED_BACKBONES` stands for files of the package itself, and the model keeps that name. CLIP and
+    A name of `hub.shipped.SHIPPED` stands for files of the package itself, and the model keeps that name. CLIP and
     SigLIP give their image encoder, MAE (`vit_mae`) gives a ViT, which masks nothing. `options` say where files come
     from (`revision`, `token`, `cache_dir`, `local_files_only`, `force_download`).
 
@@ -29,7 +29,7 @@ def load_backbone(source: str | Path | PreTrainedConfig, **options: Any) -> PreT
         get_family(config.model_type).check_num_blocks(config)
         return AutoModel.from_config(config)
     if isinstance(source, str) and is_shipped(source):
-        model = load_backbone(shipped_folder(source))
+        model = load_backbone(local_source(source))
         # The folder of this installation is nobody else's.
         model.name_or_path = model.config._name_or_path = source
         return model

@@ -180,21 +180,23 @@ predict("photo.jpg")["{first}"]["picture"].show()  # ["map"] holds the values
 model = AutoModel.from_pretrained("{repo_id}").eval()  # model(pixel_values).logits["{first}"]
 ```"""
     backbone = "" if record["base_model"] else ", backbone=..."
+    whole = f"""```python
+from mt_adapters import MultitaskDensePredictionPipeline, VtaModel
+
+predict = MultitaskDensePredictionPipeline.from_pretrained("{repo_id}"{backbone})
+predict("photo.jpg")["{first}"]["picture"].show()  # ["map"] holds the values
+
+model = VtaModel.from_adapter("{repo_id}"{backbone})  # model(pixel_values).logits["{first}"]
+model = VtaModel.from_adapter("{repo_id}"{backbone}, tasks=["{first}"])  # one task, and only its files
+```"""
+    # Names of the package's own are known to the package only.
+    if is_shipped(repo_id):
+        return whole
     base = record["base_model"] or "..."
-    # The package's own backbone is known to the package only.
     load, loader = ("AutoModel.from_pretrained", "from transformers import AutoModel")
     if is_shipped(base):
         load, loader = "load_backbone", "from mt_adapters.backbones import load_backbone"
-    return f"""```python
-from mt_adapters import VtaModel
-from transformers import AutoImageProcessor, pipeline
-
-model = VtaModel.from_adapter("{repo_id}"{backbone}).eval()
-model = VtaModel.from_adapter("{repo_id}"{backbone}, tasks=["{first}"]).eval()  # one task, and only its files
-processor = AutoImageProcessor.from_pretrained("{repo_id}")
-predict = pipeline("multitask-dense-prediction", model=model, image_processor=processor)
-predict("photo.jpg")["{first}"]["picture"].show()  # ["map"] holds the values
-```
+    return f"""{whole}
 
 The adapter alone, without heads, on the plain backbone:
 

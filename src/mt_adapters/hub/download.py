@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils.hub import cached_file, cached_files, extract_commit_hash
 
+from mt_adapters.hub.shipped import local_source
+
 # Options of from_pretrained that say where files come from.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 WEIGHT_FILE = "model.safetensors"
@@ -25,6 +27,7 @@ SPARE_ELEMENTS = 10_000_000
 
 def fetch(source: str | Path, files: Iterable[str], **options: Any) -> Path:
     """A folder with those of the files that the repository has, all of one commit; nothing else is downloaded."""
+    source = local_source(source)
     if Path(source).is_dir():
         return Path(source)
     return Path(snapshot_download(str(source), allow_patterns=list(files), **options))
@@ -33,7 +36,10 @@ def fetch(source: str | Path, files: Iterable[str], **options: Any) -> Path:
 def holds_adapter(source: str | Path, **options: Any) -> bool:
     """Whether a folder or repository holds an adapter in peft's format, and not a full model."""
     name = "adapter_config.json"
-    return cached_file(str(source), name, _raise_exceptions_for_missing_entries=False, **options) is not None
+    return (
+        cached_file(str(local_source(source)), name, _raise_exceptions_for_missing_entries=False, **options)
+        is not None
+    )
 
 
 def weight_files(source: str | Path, **options: Any) -> list[Path]:

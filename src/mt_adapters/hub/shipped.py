@@ -1,33 +1,34 @@
-"""Backbones that come with the package: the names that models and adapters keep, and the folders behind them.
+"""Backbones and adapters that come with the package: the names that models keep, and the folders behind them.
 
 They are on no Hub: whoever has the package has them, also without a network.
 """
 
 from pathlib import Path
 
-from mt_adapters.hub.download import WEIGHT_FILE
-
-SHIPPED_BACKBONES: dict[str, Path] = {
-    "mt-adapters/swin-nano-rooms": Path(__file__).parents[1] / "backbones" / "shipped" / "swin_nano_rooms",
+PACKAGE = Path(__file__).parents[1]
+SHIPPED: dict[str, Path] = {
+    "mt-adapters/swin-nano-rooms": PACKAGE / "backbones" / "shipped" / "swin_nano_rooms",
+    "mt-adapters/vta-swin-nano-rooms": PACKAGE / "models" / "shipped" / "vta_swin_nano_rooms",
 }
 
 
 def is_shipped(source: object) -> bool:
-    return isinstance(source, str) and source in SHIPPED_BACKBONES
+    return isinstance(source, str) and source in SHIPPED
 
 
-def shipped_folder(name: str) -> Path:
-    """The folder of one of `SHIPPED_BACKBONES`.
+def local_source(source: str | Path) -> str | Path:
+    """The folder of one of `SHIPPED`; any other source as it is.
 
     Raises:
         ValueError: if this installation was made without its weights.
     """
-    folder = SHIPPED_BACKBONES[name]
-    if not (folder / WEIGHT_FILE).is_file():
+    if not is_shipped(source):
+        return source
+    folder = SHIPPED[str(source)]
+    if not any(folder.glob("*.safetensors")):
         raise ValueError(
-            f"the weights of {name!r} are missing: this installation of mt-adapters was packed without {WEIGHT_FILE}. "
-            f"Copy it from a checkout of the source (src/mt_adapters/backbones/shipped/{folder.name}) to "
-            f"{str(folder)!r} or install from that checkout, make it with examples/distill_backbone.py, or choose "
-            "another backbone (a Hub id or a folder)"
+            f"the weights of {str(source)!r} are missing: this installation of mt-adapters was packed without its "
+            f"safetensors files. Copy those of {folder.name} from a checkout of the source to {str(folder)!r} or "
+            "install from that checkout; or choose another model or backbone (a Hub id or a folder)"
         )
     return folder

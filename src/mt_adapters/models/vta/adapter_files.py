@@ -13,6 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import PeftConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
@@ -87,7 +88,7 @@ def adapter_weights(model: "VtaModel", name: str) -> dict[str, Tensor]:
     return {f"{PEFT_PREFIX}{key}": tensor.contiguous() for key, tensor in weights.items()}
 
 
-def save_adapter_files(model: "VtaModel", folder: Path) -> None:
+def save_adapter_files(model: "VtaModel", folder: Path, dtype: torch.dtype | None = None) -> None:
     if model.config.adapter is None or model.config.train_backbone:
         why = "has no adapter" if model.config.adapter is None else "also trains its backbone"
         raise ValueError(f"this model {why}, so adapter files would not hold what it learned: use save_pretrained")
@@ -98,7 +99,8 @@ def save_adapter_files(model: "VtaModel", folder: Path) -> None:
     (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     (folder / CONFIG_FILE).write_text(model.config.to_json_string(use_diff=True))
     for file, tensors in files_of(model).items():
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        stored = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+        save_file(stored, folder / file, metadata={"format": "pt"})
 
 
 def load_adapter_files(
@@ -193,7 +195,9 @@ def keep_tasks(weights: Mapping[str, Tensor], task_ids: list[int]) -> dict[str, 
     prefix = next(key for key in weights if key.endswith(".vta_shared.affinity")).removesuffix("affinity")
     shared = {key.removeprefix(prefix): tensor for key, tensor in weights.items() if key.startswith(prefix)}
     embedding_E = shared["task_embeddings.0"]
-    conditioning = TaskConditioning(len(shared["affinity"]), len(embedding_E)).to(embedding_E.dtype)
+    # Half-precision files are mixed as the whole adapter does it: after loading, in float32.
+    dtype = torch.promote_types(embedding_E.dtype, torch.float32)
+    conditioning = TaskConditioning(len(shared["affinity"]), len(embedding_E)).to(dtype)
     conditioning.load_state_dict(shared)
     conditioning.keep_tasks(task_ids)
     others = {key: tensor for key, tensor in weights.items() if not key.startswith(prefix)}

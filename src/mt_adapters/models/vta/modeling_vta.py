@@ -425,13 +425,13 @@ class VtaModel(PreTrainedModel):
         self.tasks = tasks
         self.config.tasks = [task.to_dict() for task in tasks]
 
-    def save_adapter(self, folder: str | Path) -> None:
-        """Writes the adapter in peft's format, and decoders and heads beside it, one file per task.
+    def save_adapter(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Writes the adapter in peft's format, and decoders and heads, one file per task, in `dtype` (or as they are).
 
         Raises:
             ValueError: if there is no adapter, or the backbone itself is trainable and would be lost.
         """
-        save_adapter_files(self, Path(folder))
+        save_adapter_files(self, Path(folder), dtype)
 
     @classmethod
     def from_adapter(
