@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, ViTConfig
 
 from mt_adapters.backbones.base import BackboneFamily
 from mt_adapters.backbones.table import get_family
 from mt_adapters.hub.download import check_size, pinned, readable_weight_errors, weight_files
 from mt_adapters.hub.shipped import is_shipped, local_source
+
+# Bytes; of torch's allocator for CPUs.
+ALIGNMENT = 64
 
 
 def load_backbone(source: str | Path | PreTrainedConfig, **options: Any) -> PreTrainedModel:
@@ -52,7 +56,19 @@ def load_backbone(source: str | Path | PreTrainedConfig, **options: Any) -> PreT
             **options,
         )
     check_report(source, report, family)
+    align(model)
     return model
+
+
+def align(model: nn.Module) -> None:
+    """Moves weights to where torch's allocator would have put them.
+
+    Loaded ones lie wherever they lay in their file, and on some processors matrix products then differ in the last bit
+    from those of the model that was saved.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % ALIGNMENT:
+            parameter.data = parameter.data.clone()
 
 
 def check_origin(source: str | Path, config: PreTrainedConfig) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
-from mt_adapters.backbones import Tokens, check_report, get_family, load_backbone
+from mt_adapters.backbones import Tokens, align, check_report, get_family, load_backbone
 from mt_adapters.decoders import get_decoder
 from mt_adapters.hub.download import check_size, hub_options, pinned, readable_weight_errors, weight_files
 from mt_adapters.models.vta.adapter_files import (
@@ -27,7 +27,7 @@ from mt_adapters.models.vta.adapter_files import (
     save_adapter_files,
 )
 from mt_adapters.models.vta.configuration_vta import VtaConfig
-from mt_adapters.models.vta.parameters import adapter_parameter_names, count_parameters
+from mt_adapters.models.vta.parameters import adapter_parameter_names, copy_requires_grad, count_parameters
 from mt_adapters.models.vta.publishing import push
 from mt_adapters.tasks import Task, get_tasks
 from mt_adapters.tuners.vta import TaskConditioning, VtaAdapterConfig, VtaLayer, find_context, train_adapters_only
@@ -196,9 +196,8 @@ class VtaModel(PreTrainedModel):
             loaded: Any = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         model, report = loaded
         check_report(source, report)
-        # transformers lets every tensor that it loads ask for a gradient.
-        for parameter, meta in zip(model.parameters(), described.parameters(), strict=True):
-            parameter.requires_grad = meta.requires_grad
+        align(model)
+        copy_requires_grad(described, model)
         return (model, report) if wants_report else model
 
     def _inject_adapter(self, config: VtaConfig) -> None:

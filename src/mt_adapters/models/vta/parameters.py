@@ -15,6 +15,12 @@ def adapter_parameter_names(model: nn.Module) -> Iterator[str]:
                     yield f"{layer_name}.{name}"
 
 
+def copy_requires_grad(described: nn.Module, loaded: nn.Module) -> None:
+    """What trains is what trained before saving; transformers lets every tensor that it loads ask for a gradient."""
+    for parameter, meta in zip(loaded.parameters(), described.parameters(), strict=True):
+        parameter.requires_grad = meta.requires_grad
+
+
 def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
     """{group: {"total", "trainable"}} of backbone, adapters, decoders, heads, and in total."""
     adapters = set(adapter_parameter_names(model))
