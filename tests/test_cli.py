@@ -188,7 +188,7 @@ def test_card_writes_the_card_of_a_run_anew(monkeypatch, capsys, trained, tmp_pa
     ("arguments", "message"),
     [
         (("info", "nowhere/at/all"), "cannot load 'nowhere/at/all'"),
-        (("info", "{trained}", "--backbone", "x"), "leave --backbone out"),
+        (("info", "{trained}", "--backbone", "x"), "give no other backbone"),
         (("predict", "{photos}", "--model", "{trained}", "--task", "parts"), "this model's tasks ['semseg', 'depth'"),
         (("evaluate", "{trained}", "--dataset", "roms"), "Unknown data set 'roms'; known are: "),
         (("evaluate", "{trained}", "--data-dir", "{photos}"), "There is no validation.parquet"),
