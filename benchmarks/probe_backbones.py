@@ -74,9 +74,19 @@ def recipe(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(row: str, folder: Path, arguments: argparse.Namespace) -> None:
+    """Trains a row to its end, from where it stopped.
+
+    Raises:
+        ValueError: if the folder holds a run with other settings.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     # JSON is YAML.
-    (folder / "recipe.yaml").write_text(json.dumps(recipe(row, arguments), indent=1) + "\n")
+    file, settings = folder / "recipe.yaml", json.dumps(recipe(row, arguments), indent=1) + "\n"
+    if file.exists() and file.read_text() != settings:
+        raise ValueError(f"{folder} holds a run with other settings: remove it, or choose another --output")
+    if (folder / "metrics.json").exists():
+        return
+    file.write_text(settings)
     command = [sys.executable, str(PROGRAM), "--recipe", str(folder / "recipe.yaml"), "--resume"]
     command += ["--output_dir", str(folder)] + (["--data_dir", arguments.data_dir] if arguments.data_dir else [])
     command += ["--mixed_precision", arguments.mixed_precision]
@@ -120,8 +130,7 @@ def main() -> None:
     rows = {}
     for row in arguments.rows:
         folder = arguments.output / row
-        if not (folder / "metrics.json").exists():
-            run(row, folder, arguments)
+        run(row, folder, arguments)
         record = json.loads((folder / "metrics.json").read_text())
         keys = ("results", "input_blind", "evaluation", "steps", "arguments", "seconds", "versions")
         rows[row] = {key: record[key] for key in keys}

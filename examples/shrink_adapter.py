@@ -5,7 +5,7 @@
 
 Reads the folder that `examples/train_multitask.py` wrote and stores its adapter, decoders and heads in float16 or
 bfloat16. The new files are then loaded as a user loads them, in float32, and evaluated on the validation frames of the
-training; results, card and pictures are those of the rounded weights. `mt-adapters push` publishes the folder.
+training; results, card and predictions.png are those of the rounded weights. `mt-adapters push` publishes the folder.
 """
 
 import argparse

@@ -316,6 +316,31 @@ def test_a_saved_pipeline_loads_again_without_remote_code(pipe, tmp_path):
     assert_maps(loaded(pixels()), expected_maps(pipe, pixels()))
 
 
+def test_it_loads_from_the_folder_of_a_full_model_or_of_an_adapter(tmp_path):
+    make_backbone("dinov2").save_pretrained(tmp_path / "base")
+    model = VtaModel.from_backbone(tmp_path / "base", tasks=["depth", "edges"], decoder_dim=16).eval()
+    model.save_pretrained(tmp_path / "model")
+    model.save_adapter(tmp_path / "adapter")
+    for folder in ("model", "adapter"):
+        processor_of(model).save_pretrained(tmp_path / folder)
+    load = MultitaskDensePredictionPipeline.from_pretrained
+    pipes = {
+        "full": load(tmp_path / "model"),
+        "adapter": load(str(tmp_path / "adapter")),
+        "elsewhere": load(tmp_path / "adapter", backbone=tmp_path / "base"),
+        "one task": load(tmp_path / "adapter", tasks=["edges"]),
+    }
+    assert pipes["one task"].model.task_names == ["edges"]
+    expected = expected_maps(pipes["full"], PICTURES[0])
+    for name, pipe in pipes.items():
+        maps = {"edges": expected["edges"]} if name == "one task" else expected
+        assert_maps(pipe(Image.fromarray(PICTURES[0])), maps)
+    with pytest.raises(ValueError, match="holds a full model with a backbone of its own: give no other backbone"):
+        load(tmp_path / "model", backbone=tmp_path / "base")
+    with pytest.raises(ValueError, match="the adapter has"):
+        load(tmp_path / "adapter", tasks=["semseg"])
+
+
 def test_registering_again_changes_nothing(monkeypatch):
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("registered twice")

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from benchmarks.probe_backbones import COLUMNS, ROWS, recipe, table
+from benchmarks.probe_backbones import COLUMNS, ROWS, recipe, run, table
 
 from mt_adapters.training.arguments import read_recipe
 
@@ -42,6 +42,15 @@ def test_a_recipe_is_run_on_the_backbone_of_each_row(arguments: argparse.Namespa
     assert runs["student"] == runs["random"]
     told = read_recipe(arguments.recipe)
     assert runs["student"] == {key: told[key] for key in told.keys() - {"backbone", "output_dir"}} | {"max_steps": 7}
+
+
+def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path: Path, arguments: argparse.Namespace) -> None:
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe("student", arguments), indent=1) + "\n")
+    (tmp_path / "metrics.json").write_text("{}")
+    run("student", tmp_path, arguments)
+    arguments.recipe = RECIPES / "rooms_demo.yaml"
+    with pytest.raises(ValueError, match="other settings"):
+        run("student", tmp_path, arguments)
 
 
 def test_a_table_has_a_row_per_run_and_the_input_blind_predictor() -> None:

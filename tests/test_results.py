@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from benchmarks import partial_labels
+from benchmarks import partial_labels, probe_backbones
 from benchmarks.affinity_study import VARIANTS, off_diagonal, summarize, table
 from examples.attach_to_backbone import steps_table
 
@@ -125,6 +125,23 @@ def test_a_card_is_what_its_results_file_gives(folder: Path):
     pictures = [name for name in PICTURES if (folder / name).is_file()]
     card = model_card(read(folder / "metrics.json"), pictures=pictures)
     assert (folder / "README.md").read_text(encoding="utf-8") == card
+
+
+def test_readme_shows_the_demo_beside_random_weights():
+    record, readme = read(CARDS / "rooms_demo" / "against_random.json"), (REPOSITORY / "README.md").read_text("utf-8")
+    assert probe_backbones.table(record["rows"]) in readme
+    assert record["command"].partition(" --json")[0] in readme
+    # The demo's card is of the same run as the script's first row, up to the last digits of other threads.
+    demo = read(CARDS / "rooms_demo" / "metrics.json")
+    student = record["rows"]["student"]
+    own = {"backbone", "output_dir", "mixed_precision"}
+    for key in demo["arguments"].keys() - own:
+        assert demo["arguments"][key] == student["arguments"][key], key
+    for task, metric, *_ in probe_backbones.COLUMNS:
+        assert student["results"][task][metric] == pytest.approx(demo["results"][task][metric], rel=0.05)
+    probe = read(REPOSITORY / "src/mt_adapters/backbones/shipped/swin_nano_rooms/probe.json")["rows"]
+    gains = probe_backbones.gains(probe["student"]["results"], probe["random"]["results"])
+    assert "better by {:.0f} %, {:.0f} %, {:.0f} % and {:.0f} %".format(*gains) in readme
 
 
 def test_readme_shows_the_table_of_partial_labels():

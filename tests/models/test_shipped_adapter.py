@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -21,7 +22,7 @@ from mt_adapters.hub.card import PICTURES, model_card
 from mt_adapters.hub.record import describe, read_record
 from mt_adapters.hub.shipped import PACKAGE, SHIPPED
 from mt_adapters.training.evaluation import eval_loader
-from mt_adapters_cli import SHIPPED_MODEL
+from mt_adapters_cli import SHIPPED_MODEL, main
 
 FOLDER = SHIPPED[SHIPPED_MODEL]
 BACKBONE = "mt-adapters/swin-nano-rooms"
@@ -111,6 +112,19 @@ def test_the_pipeline_loads_it_by_its_name(model: VtaModel) -> None:
     (processed,) = pipe.image_processor.post_process(logits, target_sizes=[(60, 90)])
     for name, map_ in processed.items():
         np.testing.assert_array_equal(maps[name]["map"], map_.numpy())
+
+
+def test_an_installation_without_its_weights_says_what_to_do(tmp_path, monkeypatch, capsys) -> None:
+    for file in FOLDER.glob("*.json"):
+        shutil.copy(file, tmp_path)
+    monkeypatch.setitem(SHIPPED, SHIPPED_MODEL, tmp_path)
+    monkeypatch.setattr(sys, "argv", ["mt-adapters", "predict", str(FOLDER / "affinity.png")])
+    with pytest.raises(SystemExit):
+        main()
+    printed = capsys.readouterr().err
+    assert f"the weights of '{SHIPPED_MODEL}' are missing" in printed
+    assert str(tmp_path) in printed
+    assert "Traceback" not in printed
 
 
 @pytest.mark.slow
