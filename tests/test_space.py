@@ -216,13 +216,6 @@ def test_the_app_asks_no_other_machine_for_anything(page: Any, space: Space) -> 
     assert hosts <= LOCAL
 
 
-def test_an_adapter_gives_what_its_model_gives(app: dict[str, Any], trained: Path) -> None:
-    picture = app["example_pictures"]()[0]
-    whole, adapter = (app["load"](str(folder))(picture) for folder in (trained, trained / "adapter"))
-    for task, result in whole.items():
-        np.testing.assert_array_equal(adapter[task]["map"], result["map"])
-
-
 def test_names_from_a_models_repository_are_no_html(app: dict[str, Any], trained: Path) -> None:
     model = VtaModel.from_pretrained(trained)
     model.config.id2label = {0: "<img src=x>"}
