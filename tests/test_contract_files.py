@@ -203,9 +203,7 @@ def test_pretrained_weights_stay_exact_under_an_adapter_and_load_in_every_way(sh
     base = shared_folder / "models/dinov2-small"
     images = make_images((224, 224), 1)
     model = VtaModel.from_backbone(base, tasks=["depth", "normals"], decoder_dim=16).eval()
-    # transformers leaves weights where they lie in the file, which on some processors changes the last bits.
     plain = AutoModel.from_pretrained(base, dtype=torch.float32).eval()
-    align(plain)
     ids = torch.tensor([1])
     with torch.no_grad():
         before = plain(images).last_hidden_state
@@ -220,6 +218,7 @@ def test_pretrained_weights_stay_exact_under_an_adapter_and_load_in_every_way(sh
         peft_model = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
         assert torch.equal(peft_model(images, task_ids=ids).last_hidden_state, features)
         plain = AutoModel.from_pretrained(base, dtype=torch.float32)
-        align(plain)
         plain.load_adapter(tmp_path / "adapter")
+        # transformers leaves weights where they lie in the file, which on some processors changes the last bits.
+        align(plain)
         assert torch.equal(plain(images, task_ids=ids).last_hidden_state, features)
